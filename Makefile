@@ -1,0 +1,32 @@
+# Everything runs in .venv, made once; a second run of any target installs nothing.
+#   make demo   the whole line on this machine, about five minutes
+#   make test   all tests, no GPU and no network needed
+#   make check  format, lint, types, import directions
+#
+# PYTHON  the interpreter to start from. A suitable torch it already has is kept and never replaced.
+# TORCH   what to install when there is none.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+
+.PHONY: demo test check install clean
+
+demo: .venv/.ready
+	.venv/bin/python steadfast.py demo
+
+test: .venv/.ready
+	.venv/bin/python -m pytest
+
+check: .venv/.ready
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+
+install: .venv/.ready
+
+.venv/.ready: pyproject.toml constraints.txt tools/install.sh
+	PYTHON="$(PYTHON)" TORCH="$(TORCH)" sh tools/install.sh
+	touch $@
+
+clean:
+	rm -rf .venv

@@ -1,0 +1,33 @@
+#!/bin/sh
+# Make .venv and install the tested set into it. Called by make; safe to run again.
+#
+# torch comes first: deepspeed's own build looks for it. A suitable torch that is already there (in .venv, or in the
+# interpreter we start from) is kept: its exact version goes into the constraints, so that nothing can replace it.
+set -eu
+cd "$(dirname "$0")/.."
+
+suitable='import sys, torch; sys.exit(tuple(map(int, torch.__version__.split("+")[0].split(".")[:2])) < (2, 10))'
+
+if [ ! -x .venv/bin/python ]; then
+    if "$PYTHON" -c "$suitable" 2>/dev/null; then
+        echo "keeping the torch of $PYTHON: $("$PYTHON" -c 'import torch; print(torch.__version__)')"
+        "$PYTHON" -m venv --system-site-packages .venv
+    else
+        "$PYTHON" -m venv .venv
+    fi
+fi
+pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
+
+pip install --quiet --upgrade pip setuptools wheel
+if ! .venv/bin/python -c "$suitable" 2>/dev/null; then
+    echo "installing $TORCH"
+    pip install --quiet "$TORCH" numpy
+fi
+grep -v '^torch==' constraints.txt >.venv/constraints.txt
+.venv/bin/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' >>.venv/constraints.txt
+
+echo "installing deepspeed (against the installed torch), then the rest"
+# No operator is compiled now: CPU runs need none, GPU runs build theirs on first use.
+DS_BUILD_OPS=0 pip install --quiet --no-build-isolation -c .venv/constraints.txt deepspeed
+pip install --quiet -c .venv/constraints.txt --editable '.[dev]'
+echo "ready: .venv has $(.venv/bin/python -c 'import torch; print("torch", torch.__version__)')"

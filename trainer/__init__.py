@@ -1,0 +1,1 @@
+"""Steadfast's training side: from configuration and raw text to committed checkpoints."""
