@@ -1,0 +1,144 @@
+"""Which checkpoints exist, and whether each is exactly what was committed.
+
+Torch-free: export and repair tools read checkpoints through this module too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.durable import xxh3_of_file
+from trainer.errors import CheckpointError, MissingInputError
+
+FORMAT = 1
+MANIFEST_NAME = "MANIFEST.json"
+CHECKPOINTS = "checkpoints"
+_STEP_NAME = re.compile(r"step-(\d{8,})")
+_SAFE_NAME = re.compile(r"(model/)?[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a committed checkpoint consists of."""
+
+    step: int
+    """Optimizer steps taken."""
+    world_size: int
+    """Ranks that wrote it; any number of ranks can read it."""
+    files: dict[str, dict[str, Any]]
+    """Relative file name to {bytes, xxh3_128}; every file but the manifest itself."""
+    parameters: dict[str, dict[str, Any]]
+    """Parameter name to {shape, dtype of the live model}, in model order; tied aliases are left out."""
+    tied: dict[str, str]
+    """Alias of a tied parameter to the name it is stored under."""
+    buffers: dict[str, dict[str, Any]]
+    """Persistent buffer name to {shape, dtype of the live model}."""
+    identity: dict[str, str]
+    """Fingerprints a resumed run must share (see trainer.checkpoint.resume)."""
+    provenance: dict[str, Any]
+    """Where it came from: tokens seen, versions, data source, time."""
+    format: int = FORMAT
+
+
+def step_directory(checkpoints: Path, step: int) -> Path:
+    """The place of the checkpoint of `step`."""
+    return checkpoints / f"step-{step:08d}"
+
+
+def committed_steps(checkpoints: Path) -> list[int]:
+    """Steps that have a committed directory, newest first (not yet verified)."""
+    if not checkpoints.is_dir():
+        return []
+    matches = (_STEP_NAME.fullmatch(path.name) for path in checkpoints.iterdir() if path.is_dir())
+    return sorted((int(match[1]) for match in matches if match), reverse=True)
+
+
+def manifest_text(manifest: Manifest) -> str:
+    """The manifest as it is written: JSON with the sha256 of its own body."""
+    body = asdict(manifest)
+    return json.dumps({**body, "sha256_of_body": _hash_of_body(body)}, indent=1, ensure_ascii=False) + "\n"
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of the checkpoint directory `path`; CheckpointError when it is absent or not as written."""
+    try:
+        body = json.loads((path / MANIFEST_NAME).read_bytes())
+        digest = body.pop("sha256_of_body")
+        if digest != _hash_of_body(body):
+            raise damaged(path, f"{MANIFEST_NAME} does not match its own hash")
+        if body["format"] != FORMAT:
+            raise damaged(path, f"format {body['format']} is not the format {FORMAT} this version reads")
+        manifest = Manifest(**body)
+    except FileNotFoundError as error:
+        raise damaged(path, f"{MANIFEST_NAME} is missing") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise damaged(path, f"{MANIFEST_NAME} is not readable") from error
+    for name in manifest.files:
+        if not _SAFE_NAME.fullmatch(name) or ".." in name:
+            raise damaged(path, f"{MANIFEST_NAME} names a file outside: {name!r}")
+    return manifest
+
+
+def verify_files(path: Path, manifest: Manifest, names: Iterable[str] | None = None) -> None:
+    """Compare sizes and hashes of `names` (default: all) with the manifest.
+
+    Raises CheckpointError naming the first bad file.
+    """
+    for name in manifest.files if names is None else names:
+        expected = manifest.files[name]
+        file = path / name
+        if not file.is_file():
+            raise damaged(path, f"{name} is missing")
+        if (size := file.stat().st_size) != expected["bytes"]:
+            raise damaged(path, f"{name} has {size} bytes, committed were {expected['bytes']}")
+        if xxh3_of_file(file) != expected["xxh3_128"]:
+            raise damaged(path, f"{name} does not match its hash")
+
+
+def verify_checkpoint(path: Path) -> Manifest:
+    """Read the manifest and check every file; foreign files inside are damage too."""
+    manifest = read_manifest(path)
+    verify_files(path, manifest)
+    present = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()} - {MANIFEST_NAME}
+    if foreign := sorted(present - set(manifest.files)):
+        raise damaged(path, f"{foreign[0]} does not belong to it")
+    return manifest
+
+
+def find_checkpoint(source: Path) -> Path:
+    """The valid checkpoint `source` stands for: itself, or the newest valid one of a run directory.
+
+    Raises MissingInputError when there is none, CheckpointError when all are damaged.
+    """
+    if (source / MANIFEST_NAME).is_file():
+        verify_checkpoint(source)
+        return source
+    checkpoints = source / CHECKPOINTS if (source / CHECKPOINTS).is_dir() else source
+    steps = committed_steps(checkpoints)
+    if not steps:
+        raise MissingInputError(f"{source} holds no checkpoint", "give a run directory or checkpoints/step-...")
+    failures = []
+    for step in steps:
+        path = step_directory(checkpoints, step)
+        try:
+            verify_checkpoint(path)
+        except CheckpointError as error:
+            failures.append(error.fact)
+        else:
+            return path
+    raise CheckpointError(f"no valid checkpoint in {checkpoints}: {failures[0]}", "restore one from a copy")
+
+
+def damaged(path: Path, reason: str) -> CheckpointError:
+    """The error for a checkpoint that is not as committed."""
+    return CheckpointError(f"checkpoint {path} is damaged: {reason}", "use an earlier checkpoint or a copy")
+
+
+def _hash_of_body(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True, ensure_ascii=False).encode()).hexdigest()

@@ -1,0 +1,187 @@
+"""safetensors files, one tensor in memory at a time.
+
+The library's `save_file` wants every tensor at once; checkpoints and exports of large models must not. Writing is
+sequential: the header is fixed first, then the tensors follow in its order, hashed on the way. Reading maps the file.
+The format: 8 bytes little-endian header length, JSON header {name: {dtype, shape, data_offsets}}, then the bytes
+(https://github.com/huggingface/safetensors, section "Format").
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from trainer.durable import write_errors
+from trainer.errors import DataError
+
+DTYPE_BYTES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1,
+    "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+NUMPY_DTYPES = {
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "I64": np.int64, "I32": np.int32, "I16": np.int16,
+    "I8": np.int8, "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_,
+}  # fmt: skip
+DTYPE_NAMES = {np.dtype(kind): name for name, kind in NUMPY_DTYPES.items()}
+MAX_HEADER_BYTES = 100 << 20
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies: `begin` and `end` are byte positions in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class FileDigest:
+    """Size and hashes of a finished file."""
+
+    bytes: int
+    xxh3_128: str
+    sha256: str | None
+    """Only when the writer was asked for it: it is eight times slower than xxh3."""
+
+
+class TensorFileWriter:
+    """Write the tensors of `shapes` {name: (safetensors dtype, shape)} in exactly that order.
+
+    Use as a context manager; `digest` is set when the block ends. Content is synced to disk, the name is not:
+    callers write into a directory that they rename.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        shapes: Mapping[str, tuple[str, tuple[int, ...]]],
+        metadata: Mapping[str, str] | None = None,
+        *,
+        with_sha256: bool = False,
+    ) -> None:
+        self.path = path
+        self.digest: FileDigest | None = None
+        self._expected = [(name, math.prod(shape) * DTYPE_BYTES[dtype]) for name, (dtype, shape) in shapes.items()]
+        header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+        position = 0
+        for (name, (dtype, shape)), (_, size) in zip(shapes.items(), self._expected, strict=True):
+            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + size]}
+            position += size
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._prefix = len(text).to_bytes(8, "little") + text
+        self._written = 0
+        self._fast = xxhash.xxh3_128()
+        self._strong = hashlib.sha256() if with_sha256 else None
+
+    def __enter__(self) -> TensorFileWriter:
+        with write_errors(self.path):
+            self._stream = self.path.open("xb")
+            self._put(self._prefix)
+        return self
+
+    def write(self, name: str, content: np.ndarray[Any, Any]) -> None:
+        """Append the next tensor; `name` and its size must be what the header announced."""
+        data = memoryview(np.ascontiguousarray(content).reshape(-1).view(np.uint8))
+        if self._written == len(self._expected) or (name, data.nbytes) != self._expected[self._written]:
+            raise ValueError(
+                f"{self.path}: {name} with {data.nbytes} bytes is not the tensor the header announces next"
+            )
+        self._written += 1
+        with write_errors(self.path):
+            self._put(data)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                if self._written != len(self._expected):
+                    raise ValueError(f"{self.path}: {self._expected[self._written][0]} was announced and never written")
+                with write_errors(self.path):
+                    self._stream.flush()
+                    os.fsync(self._stream.fileno())
+                    size = self._stream.tell()
+                strong = self._strong.hexdigest() if self._strong else None
+                self.digest = FileDigest(size, self._fast.hexdigest(), strong)
+        finally:
+            with write_errors(self.path):
+                self._stream.close()
+
+    def _put(self, data: bytes | memoryview) -> None:
+        self._stream.write(data)
+        self._fast.update(data)
+        if self._strong:
+            self._strong.update(data)
+
+
+class TensorFile:
+    """Read-only view of a safetensors file. Opening reads the header only.
+
+    Raises DataError when the header is not what the format demands (also: truncated, overlapping, out of bounds).
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.entries, self.metadata = _read_header(path)
+        self._bytes: np.ndarray[Any, np.dtype[np.uint8]] | None = None
+
+    def array(self, name: str, start: int = 0, count: int | None = None) -> np.ndarray[Any, Any]:
+        """Elements [start, start + count) of a tensor as a flat view; the whole tensor has its shape."""
+        entry = self.entries[name]
+        width = DTYPE_BYTES[entry.dtype]
+        if self._bytes is None:
+            self._bytes = np.memmap(self.path, dtype=np.uint8, mode="r")
+        total = (entry.end - entry.begin) // width
+        stop = total if count is None else start + count
+        if not 0 <= start <= stop <= total:
+            raise IndexError(f"{self.path}: {name} has {total} elements, asked for [{start}, {stop})")
+        flat = self._bytes[entry.begin + start * width : entry.begin + stop * width].view(NUMPY_DTYPES[entry.dtype])
+        return flat if (start, count) != (0, None) else flat.reshape(entry.shape)
+
+
+def _read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    def damaged(reason: str) -> DataError:
+        return DataError(f"{path} is damaged: {reason}", "restore it from its source")
+
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+            raise damaged("the header is truncated")
+        try:
+            header = json.loads(stream.read(length))
+            metadata = header.pop("__metadata__", {})
+            entries = {
+                str(name): TensorEntry(
+                    entry["dtype"],
+                    tuple(map(int, entry["shape"])),
+                    8 + length + int(entry["data_offsets"][0]),
+                    8 + length + int(entry["data_offsets"][1]),
+                )
+                for name, entry in header.items()
+            }
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+            raise damaged("the header is not valid") from error
+    position = 8 + length
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].begin):
+        if entry.dtype not in DTYPE_BYTES or min(entry.shape, default=0) < 0:
+            raise damaged(f"{name} has an unknown type or shape")
+        if entry.begin != position or entry.end - entry.begin != math.prod(entry.shape) * DTYPE_BYTES[entry.dtype]:
+            raise damaged(f"{name} does not lie where the header says")
+        position = entry.end
+    if position != size:
+        raise damaged(f"{size} bytes where the header announces {position}")
+    return entries, metadata
