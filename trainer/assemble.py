@@ -1,0 +1,317 @@
+"""Puts a run together. The only file that knows all concrete classes; read `train` from top to bottom."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainer.config.deepspeed import compile_deepspeed
+from trainer.config.load import config_as_yaml
+from trainer.config.schema import Config
+from trainer.data.feed import Feed, evaluation_batches
+from trainer.data.packing import RowPlan
+from trainer.data.store import TokenStore, open_store
+from trainer.durable import write_errors, write_file
+from trainer.engine import device as devices
+from trainer.errors import DataError
+from trainer.loop import Loop, Observer, StopFlag, fit
+from trainer.plan import Plan, accumulation_steps, make_plan
+from trainer.run_directory import RunDirectory
+from trainer.state import TrainState
+from trainer.world import World
+
+PROBE_PROMPTS, PROBE_LENGTH = 4, 64
+
+
+def train(config: Config, world: World, stop: StopFlag) -> None:
+    """Run one rank of a training run to its end, or to a requested stop. All ranks call this with the same config.
+
+    Returns normally when the run is complete or stopped on request after a commit (rank 0 then leaves the marker
+    stopped.json). Raises a SteadfastError otherwise; after an exception no further collective may run.
+    """
+    kind = devices.prepare()
+    from trainer import collectives
+
+    run = RunDirectory(Path(config.run.dir))
+    lock = run.lock() if world.is_first else None
+    collectives.join(world, devices.communication_backend(kind), config.engine.timeout_seconds)
+    train_joined(config, world, stop, run, kind)
+    collectives.leave()
+    if lock is not None:
+        lock.close()
+
+
+def train_joined(config: Config, world: World, stop: StopFlag, run: RunDirectory, kind: devices.DeviceType) -> None:
+    """The same, inside a process group that exists already and outlives the run."""
+    from trainer import collectives
+    from trainer.checkpoint.resume import Checkpointer
+    from trainer.model.self_check import check_model
+
+    device = devices.torch_device(kind, world.local_rank)
+    store = open_store(Path(config.data.train), verify=world.is_first)
+    rows = store.plan(config.data.sequence_length, config.data.overlap, config.data.packing)
+    plan = make_plan(config, world_size=world.world_size, rows=rows.n_rows, sequence_length=rows.sequence_length)
+    if world.is_first:
+        write_file(run.config, config_as_yaml(config))
+        write_file(run.plan, json.dumps(plan.as_json(), indent=1) + "\n")
+        prepare_model(config, store, run)
+    collectives.barrier()
+
+    engine = _build_engine(config, world, run, device, kind)
+    feed = Feed(
+        store,
+        rows,
+        seed=config.run.seed,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        rank=world.rank,
+        world_size=world.world_size,
+    )
+    check_model(engine, store.vocabulary_size, packing=config.data.packing, dtype=config.model.dtype)
+    checkpointer = Checkpointer(
+        directory=run.checkpoints,
+        engine=engine,
+        feed=feed,
+        world=world,
+        exchange=collectives.exchange,
+        identity=run_identity(config, store, rows, run),
+        model_files=run.model_files,
+        probe=probe_prompts(store),
+        seed=config.run.seed,
+        keep=config.checkpoint.keep,
+    )
+    restored = checkpointer.restore()
+    state = restored or TrainState()
+    with _observers(config, run, plan, feed, state, world, kind, resumed=restored is not None) as observed:
+        loop = Loop(
+            engine=engine,
+            feed=feed,
+            max_steps=config.train.max_steps,
+            max_skipped_steps=config.train.max_skipped_steps,
+            evaluate_every=config.evaluate.every_steps,
+            save_every=config.checkpoint.every_steps,
+            evaluate=_evaluation(config, engine, rows, world),
+            save=checkpointer.save,
+            observers=observed.observers,
+            stop=stop,
+        )
+        state, stopped = fit(loop, state)
+        observed.finish(state, stopped, stop.requested)
+    engine.close()
+
+
+def prepare_model(config: Config, store: TokenStore, run: RunDirectory) -> None:
+    """Rank 0: make sure the model directory to load exists, and collect the files every checkpoint carries along.
+
+    These are config.json, generation_config.json and the tokenizer of the store, chat template included.
+    """
+    from trainer.data.tokenize import load_tokenizer
+    from trainer.model.load import check_inventory, write_initial_model
+
+    if config.model.config is not None and not run.initial_model.exists():
+        tokenizer = load_tokenizer(store.tokenizer_path)
+        special_ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        write_initial_model(config.model, store.vocabulary_size, special_ids, config.run.seed, run.initial_model)
+    source = model_directory(config, run)
+    check_inventory(source)
+    vocabulary = json.loads((source / "config.json").read_text()).get("vocab_size")
+    if isinstance(vocabulary, int) and vocabulary < store.vocabulary_size:
+        raise DataError(
+            f"{config.data.train} uses {store.vocabulary_size} token ids, the model {source} has {vocabulary}",
+            "build the store with the tokenizer of this model",
+        )
+    with write_errors(run.model_files):
+        run.model_files.mkdir(exist_ok=True)
+        settings = [source / name for name in ("config.json", "generation_config.json") if (source / name).is_file()]
+        for file in [*settings, *store.tokenizer_path.iterdir()]:
+            shutil.copyfile(file, run.model_files / file.name)
+
+
+def model_directory(config: Config, run: RunDirectory) -> Path:
+    """The transformers directory whose weights training starts from."""
+    return Path(config.model.path) if config.model.path else run.initial_model
+
+
+def run_identity(config: Config, store: TokenStore, rows: RowPlan, run: RunDirectory) -> dict[str, str]:
+    """What a resumed run must share with the run that saved: the model, the data, and the order and batch of data."""
+    from trainer.durable import sha256_of_file
+
+    return {
+        "model": sha256_of_file(run.model_files / "config.json")[:16],
+        "data": store.fingerprint[:16],
+        "sequence_length": str(rows.sequence_length),
+        "overlap": str(rows.overlap),
+        "packing": str(rows.packing),
+        "global_batch_size": str(config.train.global_batch_size),
+        "seed": str(config.run.seed),
+    }
+
+
+def probe_prompts(store: TokenStore) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Token ids [prompts, length] of the heads of the first documents that are long enough; shorter ones repeat."""
+    heads = [
+        np.asarray(store.document(index)[0][:PROBE_LENGTH], np.int64) for index in range(min(64, store.n_documents))
+    ]
+    longest = sorted(heads, key=len, reverse=True)[:PROBE_PROMPTS]
+    return np.stack([np.resize(head, PROBE_LENGTH) for head in longest])
+
+
+def _build_engine(config: Config, world: World, run: RunDirectory, device: Any, kind: devices.DeviceType) -> Any:
+    import torch
+
+    from trainer.engine.deepspeed_engine import DeepSpeedEngine, ZeroThreeHook
+    from trainer.model.load import load_language_model
+    from trainer.model.supervised import SupervisedLanguageModel
+    from trainer.optim.schedules import share_of_peak
+
+    deepspeed_config = compile_deepspeed(
+        config,
+        world_size=world.world_size,
+        accumulation_steps=accumulation_steps(config, world.world_size),
+        device=kind,
+    )
+    torch.manual_seed(config.run.seed + world.rank)
+    hook = ZeroThreeHook(deepspeed_config)
+    try:
+        language_model = load_language_model(
+            model_directory(config, run),
+            dtype=config.model.dtype,
+            attention=config.model.attention,
+            gradient_checkpointing=config.model.gradient_checkpointing,
+        )
+    finally:
+        hook.release()
+    optimizer = config.optimizer
+    return DeepSpeedEngine(
+        SupervisedLanguageModel(language_model),
+        deepspeed_config,
+        optimizer_settings={
+            "lr": optimizer.learning_rate,
+            "betas": (optimizer.beta1, optimizer.beta2),
+            "eps": optimizer.epsilon,
+        },
+        weight_decay=optimizer.weight_decay,
+        share_of_peak=share_of_peak(config.schedule, config.train.max_steps),
+        device=device,
+        kind=kind,
+    )
+
+
+def _evaluation(
+    config: Config, engine: Any, rows: RowPlan, world: World
+) -> Callable[[TrainState], dict[str, float]] | None:
+    if config.data.eval is None:
+        return None
+    from trainer.evaluate.evaluator import evaluate_loss
+
+    path = Path(config.data.eval)
+    held_out = open_store(path, verify=world.is_first)
+    held_out_rows = held_out.plan(rows.sequence_length, rows.overlap, config.data.packing)
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        batches = evaluation_batches(
+            held_out,
+            held_out_rows,
+            micro_batch_size=config.train.micro_batch_size,
+            rank=world.rank,
+            world_size=world.world_size,
+            max_rows=config.evaluate.max_rows,
+        )
+        return {f"eval/{path.name}/{name}": value for name, value in evaluate_loss(engine, batches).items()}
+
+    return evaluate
+
+
+@dataclass(frozen=True)
+class _Observed:
+    observers: list[Observer]
+    finish: Callable[[TrainState, bool, str | None], None]
+
+
+@contextmanager
+def _observers(
+    config: Config,
+    run: RunDirectory,
+    plan: Plan,
+    feed: Feed,
+    state: TrainState,
+    world: World,
+    kind: devices.DeviceType,
+    *,
+    resumed: bool,
+) -> Iterator[_Observed]:
+    """The observers of rank 0 (other ranks have none), closed at the end whatever happens."""
+    if not world.is_first:
+        yield _Observed([], lambda state, stopped, reason: None)
+        return
+    from trainer.observe.events import EventLedger
+    from trainer.observe.guard import Guarded
+    from trainer.observe.metrics import Metrics, MetricsFile, Sink
+    from trainer.observe.progress import progress_for_stdout
+    from trainer.observe.step_ledger import StepLedger
+    from trainer.observe.tensorboard import TensorBoard
+
+    sinks: list[Sink] = [MetricsFile(run.metrics, state.step), progress_for_stdout(state.step, plan.max_steps)]
+    if config.logging.tensorboard:
+        sinks.append(TensorBoard(run.tensorboard, state.step))
+    events = EventLedger(run.events)
+    metrics = Metrics(
+        sinks,
+        every_steps=config.logging.every_steps,
+        max_steps=plan.max_steps,
+        peak_memory_gib=lambda: devices.peak_memory_gib(kind),
+    )
+    observers: list[Observer] = [
+        Guarded(observer) for observer in (events, StepLedger(run.step_ledger, feed, state.step), metrics)
+    ]
+    events.record("resume" if resumed else "start", step=state.step, world_size=world.world_size, device=kind)
+    _say_where_we_begin(config, plan, state, resumed)
+
+    def finish(final: TrainState, stopped: bool, reason: str | None) -> None:
+        outcome = {
+            "status": "stopped" if stopped else "done",
+            "step": final.step,
+            "max_steps": plan.max_steps,
+            "loss_first": final.loss_first,
+            "loss_last": final.loss_last,
+            "tokens_seen": final.tokens_seen,
+            "skipped_steps": final.skipped_steps,
+        }
+        events.record("stop" if stopped else "done", step=final.step)
+        write_file(run.outcome, json.dumps(outcome, indent=1) + "\n")
+        if stopped:
+            write_file(run.stopped, json.dumps({"step": final.step, "reason": reason}) + "\n")
+            print(f"stopped at step {final.step} of {plan.max_steps} as asked; the same command continues", flush=True)
+        else:
+            print(
+                f"done: step {final.step}, loss {_number(final.loss_first)} -> {_number(final.loss_last)}; "
+                f"checkpoints in {run.checkpoints}",
+                flush=True,
+            )
+
+    try:
+        yield _Observed(observers, finish)
+    finally:
+        for observer in observers:
+            observer.close()
+
+
+def _say_where_we_begin(config: Config, plan: Plan, state: TrainState, resumed: bool) -> None:
+    where = f"resuming at step {state.step}" if resumed else "starting"
+    print(
+        f"{where} of {plan.max_steps}: {plan.world_size} ranks, ZeRO config {config.engine.deepspeed}, global batch "
+        f"{plan.global_batch_size} rows x {plan.sequence_length} tokens = {plan.accumulation_steps} micro-batches of "
+        f"{plan.micro_batch_size} a rank; the store has {plan.rows} rows, this is {plan.epochs:.2f} epochs",
+        flush=True,
+    )
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.4f}"

@@ -1,0 +1,58 @@
+"""The few collectives that are ours. All travel over gloo as CPU tensors; payloads are numbers or JSON, never pickles.
+
+Every rank calls each of these at the same place of the program. After an exception no rank may call one again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from trainer.world import World
+
+
+def join(world: World, backend: str, timeout_seconds: int) -> None:
+    """Form the process group of `world`; waits at most `timeout_seconds` for the other ranks."""
+    dist.init_process_group(
+        backend,
+        init_method=f"tcp://{world.master_address}:{world.master_port}",
+        rank=world.rank,
+        world_size=world.world_size,
+        timeout=timedelta(seconds=timeout_seconds),
+    )
+
+
+def leave() -> None:
+    """Dissolve the process group; all ranks call it after their last collective."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def add_up(values: Sequence[float]) -> list[float]:
+    """Element-wise sum over all ranks, in float64."""
+    tensor = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(tensor)
+    return [float(value) for value in tensor]
+
+
+def exchange(message: dict[str, Any]) -> list[dict[str, Any]]:
+    """All-gather one JSON object a rank; everyone gets the list in rank order."""
+    payload = torch.frombuffer(bytearray(json.dumps(message).encode()), dtype=torch.uint8)
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([payload.numel()]))
+    longest = max(int(size) for size in sizes)
+    padded = torch.zeros(longest, dtype=torch.uint8)
+    padded[: payload.numel()] = payload
+    gathered = [torch.zeros(longest, dtype=torch.uint8) for _ in sizes]
+    dist.all_gather(gathered, padded)
+    return [json.loads(bytes(text[: int(size)].numpy().tobytes())) for text, size in zip(gathered, sizes, strict=True)]
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    add_up([0.0])

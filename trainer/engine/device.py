@@ -1,0 +1,109 @@
+"""Everything that differs between a CPU and a GPU, and nothing else.
+
+`prepare()` must run before deepspeed is imported: DeepSpeed chooses its accelerator and its compiled operators while
+being imported.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import warnings
+from collections.abc import Sequence
+from typing import Any, Literal
+
+DeviceType = Literal["cpu", "cuda"]
+
+
+def prepare() -> DeviceType:
+    """Choose the device of this process and set DeepSpeed up for it; returns "cuda" when torch sees a GPU.
+
+    On a CPU nothing is compiled: the shared-memory operator that DeepSpeed would build at start-up is only used for
+    inference and is declared absent. Every rank calls this first.
+    """
+    import torch
+
+    kind: DeviceType = "cuda" if torch.cuda.is_available() else "cpu"
+    os.environ["DS_ACCELERATOR"] = kind
+    if kind == "cpu":
+        os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
+    # One warning for every collective of every step drowns everything else.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    quiet_libraries()
+    if kind == "cpu":
+        import deepspeed.ops
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return kind
+
+
+def quiet_libraries() -> None:
+    """Keep DeepSpeed's and transformers' progress reports out of the output; their warnings stay."""
+    import logging
+
+    os.environ.setdefault("DS_LOG_LEVEL", "warning")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    for name in ("DeepSpeed", "deepspeed"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def communication_backend(kind: DeviceType) -> str:
+    """torch.distributed backend: control messages always travel over gloo, tensors of a GPU over NCCL."""
+    return "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+
+
+def torch_device(kind: DeviceType, local_rank: int) -> Any:
+    """The torch device of this rank. A rank that sees one GPU only uses that one, whatever its local rank."""
+    import torch
+
+    if kind == "cpu":
+        return torch.device("cpu")
+    index = local_rank if torch.cuda.device_count() > 1 else 0
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def adamw(groups: Sequence[dict[str, Any]], settings: dict[str, Any], kind: DeviceType, offloaded: bool) -> Any:
+    """AdamW for this device: DeepSpeed's vectorised CPU version for states offloaded from a GPU, torch's elsewhere.
+
+    `settings` has lr, betas, eps. torch's needs no compiler, which is what CPU runs rely on.
+    """
+    if kind == "cuda" and offloaded:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
+    import torch
+
+    return torch.optim.AdamW(groups, fused=kind == "cuda", **settings)
+
+
+def generator_states(kind: DeviceType) -> dict[str, Any]:
+    """State of the torch generators of this rank, uint8 arrays by name."""
+    import torch
+
+    states = {"torch": torch.get_rng_state().numpy()}
+    if kind == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state().numpy()
+    return states
+
+
+def set_generator_states(kind: DeviceType, states: dict[str, Any]) -> None:
+    """Put the generators back where `generator_states` saw them."""
+    import torch
+
+    torch.set_rng_state(torch.from_numpy(states["torch"].copy()))
+    if kind == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(torch.from_numpy(states["cuda"].copy()))
+
+
+def peak_memory_gib(kind: DeviceType) -> float:
+    """Highest memory use of this rank so far, GiB: device memory on a GPU, resident memory on a CPU."""
+    if kind == "cuda":
+        import torch
+
+        return float(torch.cuda.max_memory_allocated()) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,0 +1,1 @@
+"""Evaluation on a token store while training."""

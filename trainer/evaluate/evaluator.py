@@ -1,0 +1,27 @@
+"""Loss on held-out rows, exact for any number of ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+
+from trainer import collectives
+from trainer.data.feed import MicroBatch
+from trainer.engine.protocol import Engine
+from trainer.model.supervised import NOT_SUPERVISED
+
+
+def evaluate_loss(engine: Engine, batches: Iterable[MicroBatch]) -> dict[str, float]:
+    """Mean cross entropy (nats) per supervised token and its exponential, over all ranks' batches.
+
+    All ranks call it with the same number of batches.
+    """
+    summed, supervised = 0.0, 0
+    for batch in batches:
+        summed += engine.evaluate_loss(batch)
+        supervised += int(np.count_nonzero(batch.targets != NOT_SUPERVISED))
+    total, count = collectives.add_up([summed, float(supervised)])
+    loss = total / count
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}

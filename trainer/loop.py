@@ -1,0 +1,137 @@
+"""The train loop.
+
+    restore or begin
+    while steps are left:
+        fetch all micro-batches of the step and count their supervised tokens
+        forward and backward each; step
+        observe
+        evaluate, when due              (before saving: the checkpoint knows the result)
+        stop, when all ranks agree      (before saving: the last checkpoint is the stopping point)
+        save, when due, last or stopping
+
+Every branch depends on values that are equal on all ranks, so the ranks never part ways.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from trainer import collectives
+from trainer.data.feed import Feed, StepBatch
+from trainer.engine.protocol import Engine
+from trainer.errors import DivergedError
+from trainer.state import StepResult, TrainState
+
+
+class Observer(Protocol):
+    """Watches a run; lives on rank 0 and never changes training."""
+
+    def on_step(self, state: TrainState, batch: StepBatch, result: StepResult, seconds: StepSeconds) -> None:
+        """After every optimizer step."""
+
+    def on_evaluate(self, state: TrainState, metrics: dict[str, float]) -> None:
+        """After every evaluation."""
+
+    def on_save(self, state: TrainState, path: str, seconds: float) -> None:
+        """After a checkpoint was committed."""
+
+    def close(self) -> None:
+        """At the end, whatever the reason."""
+
+
+class StopFlag(Protocol):
+    """Set from outside (a signal) when this rank is asked to stop."""
+
+    @property
+    def requested(self) -> str | None:
+        """Why, or None."""
+
+
+@dataclass(frozen=True)
+class StepSeconds:
+    """Wall time of one step."""
+
+    total: float
+    data_wait: float
+
+
+@dataclass(frozen=True)
+class Loop:
+    """What the loop works on."""
+
+    engine: Engine
+    feed: Feed
+    max_steps: int
+    max_skipped_steps: int
+    evaluate_every: int
+    save_every: int
+    evaluate: Callable[[TrainState], dict[str, float]] | None
+    save: Callable[[TrainState], str]
+    observers: Sequence[Observer]
+    stop: StopFlag
+
+
+def fit(loop: Loop, state: TrainState) -> tuple[TrainState, bool]:
+    """Train from `state` to the last step; returns the final state and whether the run was stopped before its end.
+
+    Raises DivergedError after too many skipped steps in a row. All ranks call it together.
+    """
+    stopping = False
+    while state.step < loop.max_steps and not stopping:
+        started = time.monotonic()
+        batch = loop.feed.next_step()
+        waited = time.monotonic() - started
+        result = train_step(loop.engine, batch, loop.stop)
+        state = state.after(result)
+        seconds = StepSeconds(time.monotonic() - started, waited)
+        for observer in loop.observers:
+            observer.on_step(state, batch, result, seconds)
+        if state.skipped_in_a_row >= loop.max_skipped_steps:
+            raise DivergedError(
+                f"{state.skipped_in_a_row} steps in a row had a non-finite gradient, the last was step {state.step}",
+                "lower optimizer.learning_rate or look at the rows of these steps in steps/",
+            )
+        last = state.step == loop.max_steps
+        stopping = result.stop_asked and not last
+        if loop.evaluate is not None and (last or state.step % loop.evaluate_every == 0):
+            metrics = loop.evaluate(state)
+            for observer in loop.observers:
+                observer.on_evaluate(state, metrics)
+        if last or stopping or state.step % loop.save_every == 0:
+            began = time.monotonic()
+            path = loop.save(state)
+            for observer in loop.observers:
+                observer.on_save(state, path, time.monotonic() - began)
+    return state, stopping
+
+
+def train_step(engine: Engine, batch: StepBatch, stop: StopFlag) -> StepResult:
+    """One optimizer step over the global batch. All ranks call it with their share of the same batch.
+
+    The divisor is the number of supervised tokens of the whole step, known before the first forward, so any split into
+    ranks and micro-batches gives the same gradient.
+    """
+    learning_rate = engine.learning_rate
+    losses = []
+    for micro_batch in batch.micro_batches:
+        loss = engine.summed_loss(micro_batch)
+        engine.backward(loss, batch.supervised_tokens)
+        losses.append(loss.detach())
+    gradient_norm, applied = engine.step()
+    # Read back only now: asking for a number earlier would make a GPU wait between micro-batches.
+    summed = float(torch.stack(losses).double().sum())
+    total, asked = collectives.add_up([summed, 1.0 if stop.requested else 0.0])
+    return StepResult(
+        loss=total / batch.supervised_tokens,
+        gradient_norm=gradient_norm,
+        learning_rate=learning_rate,
+        supervised_tokens=batch.supervised_tokens,
+        tokens=batch.tokens,
+        applied=applied,
+        stop_asked=asked > 0,
+    )

@@ -1,0 +1,1 @@
+"""Models: transformers directories in, a loss over supervised positions out."""

@@ -1,0 +1,1 @@
+"""What is minimised: sums over supervised positions, never means, so that they add up across ranks."""

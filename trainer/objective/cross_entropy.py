@@ -1,0 +1,68 @@
+"""Cross entropy of a language-model head without ever holding the [tokens x vocabulary] matrix.
+
+Logits are computed for one chunk of positions at a time. Because the loss is linear in the incoming gradient, the
+gradients with respect to hidden states and head weight are computed in the forward pass while a chunk's logits are
+there, and merely scaled in the backward pass: each logit is computed once, and the head's weight is needed (under
+ZeRO-3: gathered) once per forward on every rank, however many chunks a rank has.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+CHUNK_ELEMENTS = 1 << 24
+"""Logits held at once; 64 MiB in fp32."""
+
+
+def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Sum of -log softmax(hidden @ weight.T)[target] over positions; scalar fp32.
+
+    `hidden` [positions, width], `weight` [vocabulary, width], both of the compute dtype; `targets` int64 [positions],
+    all valid ids. Softmax and sum are fp32. No positions give 0 with a gradient of zeros.
+    """
+    result: Tensor = _SummedCrossEntropy.apply(hidden, weight, targets)
+    return result
+
+
+class _SummedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        differentiate = any(ctx.needs_input_grad[:2])
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        hidden_gradient = torch.zeros_like(hidden) if differentiate else None
+        # fp32 also for a bfloat16 head: thousands of chunks may be added up.
+        weight_gradient = (
+            torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if differentiate else None
+        )
+        rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
+        for start in range(0, hidden.shape[0], rows):
+            piece = slice(start, start + rows)
+            logits = functional.linear(hidden[piece], weight).float()
+            wanted = targets[piece].unsqueeze(1)
+            log_normaliser = torch.logsumexp(logits, dim=1, keepdim=True)
+            total += (log_normaliser - logits.gather(1, wanted)).sum()
+            if hidden_gradient is None or weight_gradient is None:
+                continue
+            # d loss / d logit = softmax - one_hot(target)
+            logits.sub_(log_normaliser).exp_()
+            logits.scatter_add_(1, wanted, torch.full_like(log_normaliser, -1.0))
+            gradient = logits.to(hidden.dtype)
+            hidden_gradient[piece] = gradient @ weight
+            weight_gradient += gradient.T @ hidden[piece]
+        if hidden_gradient is not None and weight_gradient is not None:
+            ctx.save_for_backward(hidden_gradient, weight_gradient.to(weight.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        hidden_gradient, weight_gradient = ctx.saved_tensors
+        scale = gradients[0]
+        return (
+            hidden_gradient * scale.to(hidden_gradient.dtype),
+            weight_gradient * scale.to(weight_gradient.dtype),
+            None,
+        )

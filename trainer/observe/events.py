@@ -1,0 +1,41 @@
+"""The event ledger: what happened to the run, each line forced to disk."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from trainer.data.feed import StepBatch
+from trainer.loop import StepSeconds
+from trainer.observe.ledger import JsonLines
+from trainer.state import StepResult, TrainState
+
+
+class EventLedger:
+    """Writes events.jsonl: start, resume, skip, evaluate, commit, stop, done, fault."""
+
+    def __init__(self, path: Path) -> None:
+        self._lines = JsonLines(path, durable=True)
+
+    def record(self, event: str, **details: Any) -> None:
+        """Append one event with the present time (UTC)."""
+        self._lines.append({"event": event, "time": datetime.now(UTC).isoformat(timespec="milliseconds"), **details})
+
+    def on_step(self, state: TrainState, batch: StepBatch, result: StepResult, seconds: StepSeconds) -> None:
+        """Record a skipped step."""
+        if not result.applied:
+            rows = [int(row) for row in batch.rows]
+            self.record("skip", step=state.step, gradient_norm=result.gradient_norm, loss=result.loss, rows=rows)
+
+    def on_evaluate(self, state: TrainState, metrics: dict[str, float]) -> None:
+        """Record the metrics."""
+        self.record("evaluate", step=state.step, **metrics)
+
+    def on_save(self, state: TrainState, path: str, seconds: float) -> None:
+        """Record the commit."""
+        self.record("commit", step=state.step, checkpoint=Path(path).name, seconds=round(seconds, 4))
+
+    def close(self) -> None:
+        """Close the file."""
+        self._lines.close()

@@ -1,0 +1,98 @@
+"""Names inside a run directory, and the lock that keeps it to one run at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from trainer.durable import write_errors
+from trainer.errors import RunLockedError
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Where everything of a run lies."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """Resolved configuration of the newest start."""
+        return self.path / "config.yaml"
+
+    @property
+    def plan(self) -> Path:
+        """Numbers derived from configuration, ranks and store."""
+        return self.path / "plan.json"
+
+    @property
+    def events(self) -> Path:
+        """Append-only ledger: start, commit, skip, stop, done."""
+        return self.path / "events.jsonl"
+
+    @property
+    def metrics(self) -> Path:
+        """One line per logged step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def step_ledger(self) -> Path:
+        """Which samples made which step."""
+        return self.path / "steps" / "steps.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        """TensorBoard event files."""
+        return self.path / "tensorboard"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Committed checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def initial_model(self) -> Path:
+        """First weights of a model trained from scratch."""
+        return self.path / "initial-model"
+
+    @property
+    def model_files(self) -> Path:
+        """config.json, generation_config.json and tokenizer: copied into every checkpoint."""
+        return self.path / "model"
+
+    @property
+    def outcome(self) -> Path:
+        """How the run ended."""
+        return self.path / "outcome.json"
+
+    @property
+    def stopped(self) -> Path:
+        """Marker: stopped on request after a committed checkpoint."""
+        return self.path / "stopped.json"
+
+    def lock(self) -> IO[str]:
+        """Create the directory and take it for this process until the returned file is closed or the process ends.
+
+        Raises RunLockedError when another process has it. Rank 0 calls this.
+        """
+        with write_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            stream = (self.path / "lock").open("a+")
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            stream.seek(0)
+            holder = stream.read().strip() or "another process"
+            stream.close()
+            raise RunLockedError(
+                f"{self.path} is in use by {holder}", "wait for it, stop it, or set another run.dir"
+            ) from error
+        stream.seek(0)
+        stream.truncate()
+        stream.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+        stream.flush()
+        return stream
