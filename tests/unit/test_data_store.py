@@ -1,0 +1,244 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from tests.support.corpora import (
+    alpaca_rows,
+    message_rows,
+    save_tokenizer,
+    sharegpt_rows,
+    tiny_store,
+    write_json,
+    write_json_lines,
+)
+from trainer.data import build
+from trainer.data.packing import RowPlan
+from trainer.data.reader import MANIFEST, PLAN_ARRAYS
+from trainer.data.store import build_store, open_store, verify_store
+from trainer.data.tokenize import load_tokenizer
+from trainer.errors import CannotWriteError, DataError, MissingInputError, UsageError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    files = [
+        write_json(tmp_path / "a.json", alpaca_rows(12)),
+        write_json_lines(tmp_path / "m.jsonl", message_rows(9)),
+        write_json_lines(tmp_path / "s.jsonl", sharegpt_rows(4)),
+    ]
+    report = build_store(files, save_tokenizer(tmp_path / "tokenizer"), tmp_path / "store", 200)
+    store = open_store(tmp_path / "store")
+    assert store.fingerprint == report.fingerprint
+    assert [source.format for source in report.sources] == ["alpaca", "messages", "sharegpt"]
+    assert [source.rows for source in report.sources] == [12, 9, 4]
+    assert [source.methods for source in report.sources] == [{"markers": 12}, {"markers": 9}, {"markers": 4}]
+    assert store.n_documents == report.documents == 25
+    assert store.vocabulary_size == 259
+    assert store.place(12) == f"{files[1]}:1"
+    tokenizer = load_tokenizer(store.tokenizer_path)
+    ids, spans = store.document(0)
+    assert ids.dtype == np.uint16
+    answer = alpaca_rows(12)[0]["output"]
+    assert [tokenizer.decode(ids[start:stop].astype(int)) for start, stop in spans] == [f"{answer}<|im_end|>"]
+    assert report.tokens == sum(len(store.document(i)[0]) for i in range(25))
+    assert report.supervised_tokens == sum(
+        int((s[:, 1] - s[:, 0]).sum()) for s in (store.document(i)[1] for i in range(25))
+    )
+    assert report.sources[0].bytes == files[0].stat().st_size
+    verified = verify_store(tmp_path / "store")
+    assert (verified.documents, verified.tokens) == (25, report.tokens)
+    # Any safetensors reader can read it.
+    for entry in store.manifest["files"]:
+        if entry["name"].endswith(".safetensors"):
+            assert load_file(tmp_path / "store" / entry["name"])
+
+
+def test_stored_plan_equals_computed_plan(tmp_path: Path) -> None:
+    store = tiny_store(tmp_path)
+    stored = store.plan()
+    computed = store.compute_plan(store.sequence_length, store.overlap, packing=True)
+    assert isinstance(stored, RowPlan)
+    for name in PLAN_ARRAYS:
+        assert np.array_equal(getattr(stored, name), getattr(computed, name)), name
+        assert getattr(stored, name).dtype == getattr(computed, name).dtype
+    assert stored.padding_share == pytest.approx(store.manifest["padding_share"], abs=1e-6)
+    assert store.plan(64).overlap == 8
+    with pytest.raises(UsageError):
+        store.plan(64, 64)
+
+
+def test_equal_input_gives_an_equal_store(tmp_path: Path) -> None:
+    first = tiny_store(tmp_path)
+    before = {path.name: path.read_bytes() for path in first.path.rglob("*") if path.is_file()}
+    second = tiny_store(tmp_path, overwrite=True)
+    assert first.fingerprint == second.fingerprint
+    assert before == {path.name: path.read_bytes() for path in second.path.rglob("*") if path.is_file()}
+
+
+def test_every_damage_is_named(tmp_path: Path) -> None:
+    store = tiny_store(tmp_path)
+    files = [path for path in store.path.rglob("*") if path.is_file()]
+    assert len(files) >= 5
+    for path in files:
+        content = path.read_bytes()
+        flipped = bytearray(content)
+        flipped[len(content) // 2] ^= 4
+        # (The last byte of the manifest is a line end: its content is hashed, not its layout.)
+        for damaged in (bytes(flipped), content[:-2], content + b"\0", b""):
+            path.write_bytes(damaged)
+            for check in (open_store, verify_store):
+                with pytest.raises(DataError) as caught:
+                    check(store.path)
+                assert path.name in str(caught.value)
+        path.unlink()
+        with pytest.raises((DataError, MissingInputError)) as missing:
+            open_store(store.path)
+        assert path.name in str(missing.value)
+        path.write_bytes(content)
+    verify_store(store.path)
+
+
+def test_a_shard_that_lies_is_refused_without_checksums(tmp_path: Path) -> None:
+    store = tiny_store(tmp_path)
+    shard = next((store.path / "tokens").iterdir())
+    shard.write_bytes(shard.read_bytes()[:200])
+    with pytest.raises(DataError, match=r"tok-.* is damaged"):
+        open_store(store.path, verify=False)
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    with pytest.raises(MissingInputError, match="no token store"):
+        open_store(tmp_path / "nowhere")
+    with pytest.raises(MissingInputError, match="is no token store"):
+        open_store(tmp_path)
+
+
+def test_an_existing_store_is_kept_unless_told(tmp_path: Path) -> None:
+    store = tiny_store(tmp_path)
+    with pytest.raises(CannotWriteError, match="--overwrite"):
+        tiny_store(tmp_path)
+    other = tiny_store(tmp_path, alpaca_rows(5), overwrite=True)
+    assert other.fingerprint != store.fingerprint
+    assert open_store(tmp_path / "store").n_documents == 5
+    stranger = tmp_path / "holiday"
+    stranger.mkdir()
+    (stranger / "photo.jpg").write_bytes(b"x")
+    with pytest.raises(CannotWriteError, match="is no token store"):
+        build_store([tmp_path / "rows.jsonl"], tmp_path / "tokenizer", stranger, 64, overwrite=True)
+    assert (stranger / "photo.jpg").exists()
+
+
+def test_a_bad_row_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"rows\.jsonl:3: 'output' must be a string, this is null"):
+        tiny_store(tmp_path, [*alpaca_rows(2), {"instruction": "a", "output": None}])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl", "tokenizer"]
+
+
+def test_nothing_supervised_is_an_error(tmp_path: Path) -> None:
+    rows = [{"messages": [{"role": "user", "content": "hello"}]}] * 3
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: no supervised token in 3 rows"):
+        tiny_store(tmp_path, rows)
+
+
+def test_rows_that_teach_nothing_are_left_out_and_counted(tmp_path: Path) -> None:
+    rows = [
+        *alpaca_rows(2),
+        {"instruction": "say nothing", "output": " "},
+        {"instruction": "say nothing", "output": ""},
+    ]
+    source = tiny_store(tmp_path, rows).manifest["sources"][0]
+    assert (source["rows"], source["documents"], source["rows_with_empty_answer"]) == (4, 2, 2)
+    assert source["first_empty_answer"].endswith("rows.jsonl:3")
+
+
+def test_windows_without_targets_are_dropped_and_counted(tmp_path: Path) -> None:
+    rows = [{"instruction": "a" * 1000, "output": "yes"}, {"instruction": "b", "output": "no"}]
+    store = tiny_store(tmp_path, rows, sequence_length=64)
+    source = store.manifest["sources"][0]
+    assert source["windows_dropped"] > 10
+    assert store.plan().n_samples == 2
+    assert store.plan().supervised.sum() == source["supervised_tokens"] == len("yes") + len("no") + 2
+
+
+def test_a_tokenizer_without_template_is_refused(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path / "tokenizer", template=None)
+    with pytest.raises(DataError, match="no chat template"):
+        tiny_store(tmp_path)
+    with pytest.raises(MissingInputError, match="no tokenizer directory"):
+        build_store([tmp_path / "rows.jsonl"], tmp_path / "other", tmp_path / "store", 64)
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    save_tokenizer(tmp_path / "tokenizer")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CannotWriteError, match="no space left"):
+        tiny_store(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl", "tokenizer"]
+
+
+SLOW_BUILD = """
+import sys, time
+from pathlib import Path
+from trainer.data import build
+original = build.write_file
+def slow(path, content):
+    if path.name == build.MANIFEST:
+        print("here", flush=True)
+        time.sleep(60)
+    original(path, content)
+build.write_file = slow
+work = Path(sys.argv[1])
+build.build_store([work / "rows.jsonl"], work / "tokenizer", work / "store", 64)
+"""
+
+
+def test_a_killed_build_leaves_no_store_and_the_next_one_cleans_up(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path / "tokenizer")
+    write_json_lines(tmp_path / "rows.jsonl", alpaca_rows(5))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW_BUILD, str(tmp_path)], stdout=subprocess.PIPE, text=True, env=environment
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "here\n"
+    left = list(tmp_path.glob(".store.*.building"))
+    assert len(left) == 1
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert not (tmp_path / "store").exists()
+    deadline = time.monotonic() + 5
+    while Path("/proc", str(process.pid)).exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    tiny_store(tmp_path, alpaca_rows(5))
+    assert not list(tmp_path.glob(".store.*"))
+
+
+def test_manifest_numbers_are_checked_by_verify(tmp_path: Path) -> None:
+    store = tiny_store(tmp_path)
+    manifest = json.loads((store.path / MANIFEST).read_text())
+    (store.path / MANIFEST).write_text(json.dumps({**manifest, "rows": manifest["rows"] + 1}))
+    with pytest.raises(DataError, match="does not match its own hash"):
+        open_store(store.path)
+    manifest["tokens"] += 1
+    manifest["body_sha256"] = build.body_hash(manifest)
+    (store.path / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match="tokens"):
+        verify_store(store.path)
+    manifest["schema"] = 99
+    manifest["body_sha256"] = build.body_hash(manifest)
+    (store.path / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match="schema 99"):
+        open_store(store.path)

@@ -1,0 +1,179 @@
+"""Text of the data never becomes a control token.
+
+Control tokens are the tokenizer's special tokens and those other added tokens that the chat template writes itself (an
+added `<molecule>` that no template writes is vocabulary and stays a token). Where the data contains the text of one
+(`<|im_end|>` in a user's message, `<tool_call>` in a tool's result) it is enclosed in two private-use characters before
+the template is rendered. They are cut out of the rendered text again, and what was between them is encoded by a twin of
+the tokenizer that knows no control tokens: the text stays exact to the byte, its ids are those of plain text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from trainer.errors import DataError
+
+# Plane 15 private use: in no training text by accident; data that has them is refused. A template may escape them.
+_OPEN, _CLOSE = "\U000f8ad0", "\U000f8ad1"
+_ESCAPED_OPEN, _ESCAPED_CLOSE = (json.dumps(mark)[1:-1] for mark in (_OPEN, _CLOSE))
+_OPENS = f"(?:{_OPEN}|{re.escape(_ESCAPED_OPEN)})"
+_CLOSES = f"(?:{_CLOSE}|{re.escape(_ESCAPED_CLOSE)})"
+_MARKS = re.compile(f"{_OPENS}((?:(?!{_OPENS}|{_CLOSES}).)*){_CLOSES}|{_OPENS}|{_CLOSES}", re.DOTALL)
+
+
+class TextEncoder:
+    """Marks control-token texts in data, and encodes rendered text that has such marks.
+
+    Args:
+        tokenizer: a transformers tokenizer with a chat template and a `tokenizers` backend.
+
+    `contents` are the texts of all control tokens, `stop_ids` the special ones among them, which can end a turn.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        from tokenizers import Tokenizer
+
+        templates = tokenizer.chat_template
+        written = templates if isinstance(templates, str) else "\n".join(templates.values())
+        definition = json.loads(tokenizer.backend_tokenizer.to_str())
+        definition |= {"truncation": None, "padding": None, "post_processor": None}
+        specials = set(tokenizer.all_special_tokens)
+        control = [
+            token
+            for token in definition["added_tokens"]
+            if token["special"]
+            or token["content"] in specials
+            or (token["content"] in written and not token["content"].isspace())
+        ]
+        self.contents = sorted((token["content"] for token in control), key=len, reverse=True)
+        self.stop_ids = {int(token["id"]) for token in control if token["special"]}
+        if tokenizer.eos_token_id is not None:
+            self.stop_ids.add(int(tokenizer.eos_token_id))
+        self.pattern = re.compile("|".join(map(re.escape, self.contents)) or "(?!)")
+        self._control_ids = {int(token["id"]) for token in control}
+        # A proper beginning of a control token at the end of one string could meet its rest in the template or in the
+        # next string, and the other way round.
+        self._beginnings = {text[:size] for text in self.contents for size in range(1, len(text))}
+        self._endings = {text[size:] for text in self.contents for size in range(1, len(text))}
+        self._longest = max(map(len, self.contents), default=0)
+        self._normalized = definition["normalizer"] is not None and any(token["normalized"] for token in control)
+        self._whole = Tokenizer.from_str(json.dumps(definition))
+        others = [token for token in definition["added_tokens"] if int(token["id"]) not in self._control_ids]
+        self._plain_definition = definition | {"added_tokens": others}
+        self._plain: Any = None
+        # SentencePiece-like tokenizers put a space before the first word of whatever they are given. A piece from the
+        # middle of a conversation is then encoded after a newline, whose ids are cut off again.
+        self._newline = _ids(self._whole, "\n")
+        self._needs_anchor = _ids(self._whole, "\nword")[len(self._newline) :] != _ids(self._whole, "word")
+
+    def mark(self, value: Any, found: list[str], place: str) -> Any:
+        """`value` with every control-token text in its strings (keys too) enclosed in marks and added to `found`.
+
+        Raises:
+            DataError: the data contains the marks themselves.
+        """
+        if isinstance(value, str):
+            if _OPEN in value or _CLOSE in value:
+                raise DataError(
+                    f"{place}: the private-use character U+F8AD0 or U+F8AD1",
+                    "remove it; these two mark neutralised text here",
+                )
+            marked, texts = self._mark_text(value)
+            found.extend(texts)
+            return marked
+        if isinstance(value, dict):
+            return {self.mark(key, found, place): self.mark(item, found, place) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self.mark(item, found, place) for item in value]
+        return value
+
+    def encode(self, text: str, *, first: bool) -> list[int]:
+        """Ids of rendered text with marks; `first` when it begins the conversation.
+
+        Raises:
+            DataError: the tokenizer cannot write a control token's text as plain text.
+        """
+        ids: list[int] = []
+        for piece, literal in _pieces(text):
+            if literal:
+                ids += self._encode_literal(piece, first=first)
+            else:
+                ids += self._encode_piece(self._whole, piece, first=first)
+            first = False
+        return ids
+
+    def _mark_text(self, text: str) -> tuple[str, list[str]]:
+        if self._normalized:
+            # Control tokens that match normalised text: only the tokenizer itself knows where.
+            places = self._control_places(text)
+        else:
+            places = [match.span() for match in self.pattern.finditer(text)]
+        parts, last = [], 0
+        for start, stop in places:
+            parts += [text[last:start], _OPEN, text[start:stop], _CLOSE]
+            last = stop
+        parts.append(text[last:])
+        return self._guard_edges("".join(parts)), [text[start:stop] for start, stop in places]
+
+    def _control_places(self, text: str) -> list[tuple[int, int]]:
+        encoding = self._whole.encode(text, add_special_tokens=False)
+        pairs = zip(encoding.ids, encoding.offsets, strict=True)
+        return [offsets for token, offsets in pairs if token in self._control_ids and offsets[0] < offsets[1]]
+
+    def _guard_edges(self, text: str) -> str:
+        """A lone mark where the text ends with the beginning, or begins with the end, of a control token."""
+        stripped = text.rstrip()
+        sizes = range(1, min(self._longest, len(stripped) + 1))
+        if any(stripped[-size:] in self._beginnings for size in sizes):
+            text = stripped + _CLOSE + text[len(stripped) :]
+        stripped = text.lstrip()
+        if any(stripped[:size] in self._endings for size in sizes):
+            text = text[: len(text) - len(stripped)] + _CLOSE + stripped
+        return text
+
+    def _encode_piece(self, backend: Any, text: str, *, first: bool) -> list[int]:
+        if first or not self._needs_anchor:
+            return _ids(backend, text)
+        anchored = _ids(backend, "\n" + text)
+        if anchored[: len(self._newline)] == self._newline:
+            return anchored[len(self._newline) :]
+        return _ids(backend, text)
+
+    def _encode_literal(self, text: str, *, first: bool) -> list[int]:
+        """Ids of control-token text as plain text."""
+        if self._plain is None:
+            from tokenizers import Tokenizer
+
+            self._plain = Tokenizer.from_str(json.dumps(self._plain_definition))
+        ids = self._encode_piece(self._plain, text, first=first)
+        if self._control_ids.isdisjoint(ids):
+            return ids
+        # The model itself knows the whole text as one piece: encode its characters one by one.
+        ids = []
+        for character in text:
+            ids += self._encode_piece(self._plain, character, first=first)
+            first = False
+        if self._control_ids.isdisjoint(ids):
+            return ids
+        raise DataError(f"the tokenizer cannot write {text!r} as plain text", "remove this text from the data")
+
+
+def _ids(backend: Any, text: str) -> list[int]:
+    ids: list[int] = backend.encode(text, add_special_tokens=False).ids
+    return ids
+
+
+def _pieces(text: str) -> Iterator[tuple[str, bool]]:
+    """(text without marks, whether it was enclosed in them) in order."""
+    last = 0
+    for match in _MARKS.finditer(text):
+        if match.start() > last:
+            yield text[last : match.start()], False
+        if match.group(1):
+            yield match.group(1), True
+        last = match.end()
+    if last < len(text):
+        yield text[last:], False

@@ -1,0 +1,159 @@
+"""Show what training will see: decoded rows with the supervised part marked, and counts per source."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from trainer.data.packing import RowPlan
+from trainer.data.reader import TokenStore
+from trainer.data.tokenize import load_tokenizer
+from trainer.errors import UsageError
+
+OPEN_MARK, CLOSE_MARK = "⟦", "⟧"
+_INVISIBLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def inspect_rows(store: TokenStore, first: int, count: int) -> list[dict[str, Any]]:
+    """Rows `first` to `first + count` of the stored plan, decoded.
+
+    Each row is {row, tokens, supervised_tokens, padding, samples}; each sample {sample, document, place, start, stop,
+    ids, spans, text, parts}. `spans` are target positions relative to the sample, `parts` its text in order as
+    {text, supervised}.
+
+    Raises:
+        UsageError: no such row.
+    """
+    plan = store.plan()
+    if count < 1 or not 0 <= first < plan.n_rows:
+        raise UsageError(
+            f"rows {first} to {first + count - 1} are not in the store", f"it has rows 0 to {plan.n_rows - 1}"
+        )
+    tokenizer = load_tokenizer(store.tokenizer_path)
+    return [_row(store, plan, tokenizer, row) for row in range(first, min(first + count, plan.n_rows))]
+
+
+def _row(store: TokenStore, plan: RowPlan, tokenizer: Any, row: int) -> dict[str, Any]:
+    tokens = int(plan.tokens[row])
+    return {
+        "row": row,
+        "tokens": tokens,
+        "supervised_tokens": int(plan.supervised[row]),
+        "padding": plan.sequence_length - tokens,
+        "samples": [_sample(store, plan, tokenizer, int(sample)) for sample in plan.samples_of(row)],
+    }
+
+
+def _sample(store: TokenStore, plan: RowPlan, tokenizer: Any, sample: int) -> dict[str, Any]:
+    document, start, stop, first = (
+        int(column[sample]) for column in (plan.document, plan.start, plan.stop, plan.first_target)
+    )
+    ids, spans = store.document(document)
+    targets = [
+        (max(int(begin), first) - start, min(int(end), stop) - start)
+        for begin, end in spans
+        if max(int(begin), first) < min(int(end), stop)
+    ]
+    view = ids[start:stop].astype(np.int64).tolist()
+    parts = list(_parts(tokenizer, view, targets))
+    return {
+        "sample": sample,
+        "document": document,
+        "place": store.place(document),
+        "start": start,
+        "stop": stop,
+        "ids": view,
+        "spans": targets,
+        "text": "".join(part["text"] for part in parts),
+        "parts": parts,
+    }
+
+
+def _parts(tokenizer: Any, ids: list[int], spans: Sequence[tuple[int, int]]) -> Iterator[dict[str, Any]]:
+    last = 0
+    for start, stop in [*spans, (len(ids), len(ids))]:
+        for begin, end, supervised in ((last, start, False), (start, stop, True)):
+            if begin < end:
+                text = tokenizer.decode(ids[begin:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+                yield {"text": text, "supervised": supervised}
+        last = stop
+
+
+def visible(text: str) -> str:
+    """Text with control and direction characters written as escapes: data must not steer a terminal."""
+    return _INVISIBLE.sub(lambda match: match.group().encode("unicode_escape").decode(), text)
+
+
+def plain_row(row: Mapping[str, Any]) -> str:
+    """A row as text with ⟦supervised⟧ marks, for pipes and files."""
+    lines = [row_title(row)]
+    for sample in row["samples"]:
+        text = "".join(
+            f"{OPEN_MARK}{visible(part['text'])}{CLOSE_MARK}" if part["supervised"] else visible(part["text"])
+            for part in sample["parts"]
+        )
+        lines += [sample_title(sample), text]
+    return "\n".join([*lines, ""])
+
+
+def show_rows(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Rows on a terminal, the supervised part coloured."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    console.print(Text("supervised text is green", style="bold green"))
+    for row in rows:
+        console.rule(row_title(row))
+        for sample in row["samples"]:
+            console.print(Text(sample_title(sample), style="dim"))
+            text = Text()
+            for part in sample["parts"]:
+                text.append(visible(part["text"]), style="green" if part["supervised"] else "")
+            console.print(text)
+
+
+def row_title(row: Mapping[str, Any]) -> str:
+    """One line about a row."""
+    return (
+        f"row {row['row']}: {len(row['samples'])} samples, {row['tokens']} tokens, "
+        f"{row['supervised_tokens']} supervised, {row['padding']} padding"
+    )
+
+
+def sample_title(sample: Mapping[str, Any]) -> str:
+    """One line about a sample: where it comes from, and which part of its document it is when it is a part."""
+    return f"-- {sample['place']} tokens {sample['start']} to {sample['stop']}"
+
+
+def source_lines(sources: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The mask report, some lines per source."""
+    lines = []
+    for source in sources:
+        share = source["supervised_tokens"] / max(source["tokens"], 1)
+        methods = ", ".join(f"{count:,} by {name}" for name, count in source["methods"].items())
+        lines += [
+            f"{source['file']}",
+            f"  format     {source['format']}, {source['rows']:,} rows -> {source['documents']:,} documents",
+            f"  tokens     {source['tokens']:,}, of them supervised {source['supervised_tokens']:,} ({share:.1%})",
+            f"  loss mask  {methods}",
+        ]
+        neutralised = ", ".join(f"{count} {text}" for text, count in source["neutralised"].items())
+        notes = (
+            (sum(source["neutralised"].values()), f"control-token texts kept as plain text: {neutralised}"),
+            (source["unknown_tokens"], "unknown tokens: the tokenizer cannot write some of this text"),
+            (source["windows_dropped"], "windows without a target dropped"),
+            (
+                source["rows_without_answer"],
+                f"rows without an assistant turn left out, first {source['first_without_answer']}",
+            ),
+            (
+                source["rows_with_empty_answer"],
+                f"rows with an empty answer left out, first {source['first_empty_answer']}",
+            ),
+        )
+        lines += [f"  note       {count:,} {what}" for count, what in notes if count]
+    return lines

@@ -1,0 +1,20 @@
+"""The token store: a directory of immutable files that training reads by memory map.
+
+    OUT/manifest-00000001.json            written last: counts, checksums, sources, tokenizer fingerprint, its own hash
+    OUT/tokens/tok-<number>-<xxh3>.safetensors
+        ids               uint16 or uint32 [tokens]     all documents, flat
+        document_offsets  uint64 [documents + 1]        where each begins in ids
+        loss_spans        uint32 [spans, 2]             supervised (start, stop), relative to the document
+        span_offsets      uint64 [documents + 1]        where each document's spans begin
+        document_hash     uint64 [documents]            xxh3 of ids and spans
+        source, line      uint16, uint32 [documents]    index into manifest["sources"], line of the row
+    OUT/plans/plan-<sequence length>-<overlap>-<packed|single>.safetensors    the arrays of `packing.RowPlan`
+    OUT/tokenizer/                        copy of the tokenizer, so the store is complete by itself
+
+Writing is in `build`, reading in `reader`.
+"""
+
+from trainer.data.build import BuildReport, SourceReport, build_store
+from trainer.data.reader import TokenStore, VerifyReport, open_store, verify_store
+
+__all__ = ["BuildReport", "SourceReport", "TokenStore", "VerifyReport", "build_store", "open_store", "verify_store"]

@@ -1,0 +1,92 @@
+"""Tokenizers on the way into a store: load from a local directory, fingerprint, encode.
+
+A tokenizer is known by what it does, not by the name of its files: the fingerprint hashes the ids of fixed probe
+texts and the ids of its special tokens. Two directories with the same fingerprint may share a token store.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import DataError, MissingInputError
+
+PROBE_TEXTS = (
+    "The quick brown fox jumps over the lazy dog. 0123456789 3.14",
+    "敏捷的棕色狐狸跳过了懒狗。漢字かなカナ한글",
+    " leading space\n\n  two newlines\tand a tab \r\n",
+    "def f(x):\n    return {'a': [1, 2, x ** 2]}  # comment",
+    "emoji 😀👩‍👩‍👧‍👦 zero\u200bwidth e\u0301 \u00a0 ﬁ Ａ",
+    "<|im_start|>user\nhi<|im_end|></s><s>[INST]<|endoftext|>",
+    "",
+)
+
+# What a tokenizer directory may hold; everything else there (weights, code) is not copied into a store.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "sentencepiece.model",
+    "spiece.model",
+    "config.json",
+)
+
+
+def load_tokenizer(path: Path) -> Any:
+    """A transformers tokenizer from a local directory; nothing is downloaded and no code of the directory runs.
+
+    Raises:
+        MissingInputError: no directory at `path`.
+        DataError: it holds no tokenizer that transformers can load.
+    """
+    if not path.is_dir():
+        raise MissingInputError(
+            f"there is no tokenizer directory {path}", "train one: steadfast tokenizer train --help"
+        )
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"cannot load a tokenizer from {path}: {reason}", "the directory needs tokenizer.json"
+        ) from error
+
+
+def fingerprint(tokenizer: Any) -> str:
+    """sha256 of the ids of PROBE_TEXTS, the special tokens' ids and the vocabulary size, hexadecimal."""
+    facts = {
+        "probes": [tokenizer(text, add_special_tokens=False)["input_ids"] for text in PROBE_TEXTS],
+        "special": {name: tokenizer.convert_tokens_to_ids(text) for name, text in _special_tokens(tokenizer).items()},
+        "added": sorted((text, int(token)) for text, token in tokenizer.get_added_vocab().items()),
+        "size": len(tokenizer),
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+
+
+def template_hash(tokenizer: Any) -> str:
+    """sha256 of the chat template, hexadecimal; of an empty text when there is none."""
+    template = tokenizer.chat_template or ""
+    text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def padding_id(tokenizer: Any) -> int:
+    """The id that fills rows: pad, else eos, else 0. It is never a target and never seen by a sample."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    return 0
+
+
+def _special_tokens(tokenizer: Any) -> dict[str, str]:
+    return {name: str(text) for name, text in tokenizer.special_tokens_map.items() if isinstance(text, str)}
