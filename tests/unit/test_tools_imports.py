@@ -1,0 +1,42 @@
+"""tools/ is separate from training: it knows the file formats and nothing else of trainer/."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+FORMATS = {
+    "trainer.errors",
+    "trainer.durable",
+    "trainer.tensor_file",
+    "trainer.checkpoint.slices",
+    "trainer.checkpoint.verify",
+}
+FILES = [
+    *(ROOT / "tools" / f"{name}.py" for name in ("artefact", "chat", "eval", "export", "int8", "models", "proof")),
+    *(ROOT / "tools" / f"{name}.py" for name in ("quantize", "serve")),
+    *(ROOT / "tools" / "serving").glob("*.py"),
+]
+
+
+def imports(file: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def test_tools_import_nothing_of_training_but_the_formats() -> None:
+    assert len(FILES) > 12
+    for file in FILES:
+        found = set(imports(file))
+        assert {name for name in found if name.startswith("trainer")} <= FORMATS, file
+        assert not {name.split(".")[0] for name in found} & {"deepspeed", "launch", "datasets", "ray"}, file
+
+
+def test_no_module_of_trainer_imports_tools() -> None:
+    for file in (ROOT / "trainer").rglob("*.py"):
+        assert "tools" not in {name.split(".")[0] for name in imports(file)}, file

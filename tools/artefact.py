@@ -1,0 +1,189 @@
+"""Model directories as this room writes them: built aside, hashed while written, given their name when complete.
+
+Every artefact carries `manifest.json` with size and sha256 of each file. Weights are written one tensor at a time, so
+the memory an export needs is that of its largest tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainer.durable import sha256_of_file, sync_directory, sync_file, write_errors, write_file
+from trainer.errors import CannotWriteError, DataError, UsageError
+from trainer.tensor_file import DTYPE_BYTES, TensorFileWriter
+
+MANIFEST_NAME = "manifest.json"
+MANIFEST_FORMAT = 1
+SPARE_BYTES = 64 << 20
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+TensorPlan = Mapping[str, tuple[str, tuple[int, ...]]]
+"""Tensor name to (safetensors dtype, shape), in the order of writing."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One file of an artefact."""
+
+    bytes: int
+    sha256: str
+
+
+def parse_size(text: str) -> int:
+    """Bytes meant by `5GB`, `200MB`, `1GiB` or a plain number; UsageError otherwise."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    if match is None or match[2].upper() not in _UNITS:
+        raise UsageError(f"'{text}' is not a size", "write it like 5GB or 200MB")
+    size = int(float(match[1]) * _UNITS[match[2].upper()])
+    if size < 1:
+        raise UsageError(f"'{text}' is no room for anything", "write it like 5GB or 200MB")
+    return size
+
+
+def tensor_bytes(plan: TensorPlan) -> int:
+    """Bytes of all tensors of a plan, headers not counted."""
+    return sum(_size(*entry) for entry in plan.values())
+
+
+def refuse_existing(out: Path) -> None:
+    """CannotWriteError when `out` is there already: an artefact never replaces another one."""
+    if out.exists() or out.is_symlink():
+        raise CannotWriteError(f"{out} exists already", "choose another name or remove it first")
+
+
+@contextmanager
+def new_directory(out: Path, expected_bytes: int) -> Iterator[Path]:
+    """A directory beside `out` to build in; it becomes `out` when the block ends well and disappears when it does not.
+
+    Checks first that `out` does not exist and that its disk has room for `expected_bytes`; both are CannotWriteError.
+    """
+    refuse_existing(out)
+    out = out.absolute()
+    with write_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(out.parent).free
+        if free < expected_bytes + SPARE_BYTES:
+            raise CannotWriteError(
+                f"{out} needs {readable_bytes(expected_bytes + SPARE_BYTES)} and its disk has {readable_bytes(free)}",
+                "free disk space or choose another place",
+            )
+        building = out.with_name(f"{out.name}.incomplete-{os.getpid()}")
+        shutil.rmtree(building, ignore_errors=True)
+        building.mkdir()
+    try:
+        yield building
+        refuse_existing(out)
+        with write_errors(out):
+            sync_directory(building)
+            building.rename(out)
+            sync_directory(out.parent)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+
+
+def write_weights(
+    directory: Path,
+    stem: str,
+    plan: TensorPlan,
+    read: Callable[[str], np.ndarray[Any, Any]],
+    max_shard_bytes: int,
+) -> dict[str, Entry]:
+    """Write `stem.safetensors`, or numbered shards with `stem.safetensors.index.json` when it takes more than one.
+
+    `read(name)` is called once per tensor in order and must give the bytes the plan announces (bfloat16 as its 16-bit
+    patterns). Returns the entries of the files written.
+    """
+    shards: list[dict[str, tuple[str, tuple[int, ...]]]] = [{}]
+    room = max_shard_bytes
+    for name, entry in plan.items():
+        size = _size(*entry)
+        if shards[-1] and size > room:
+            shards.append({})
+            room = max_shard_bytes
+        shards[-1][name] = entry
+        room -= size
+    entries: dict[str, Entry] = {}
+    weight_map: dict[str, str] = {}
+    for index, shard in enumerate(shards, 1):
+        single = len(shards) == 1
+        file = f"{stem}.safetensors" if single else f"{stem}-{index:05d}-of-{len(shards):05d}.safetensors"
+        with TensorFileWriter(directory / file, shard, {"format": "pt"}, with_sha256=True) as writer:
+            for name in shard:
+                writer.write(name, read(name))
+                weight_map[name] = file
+        if writer.digest is None or writer.digest.sha256 is None:
+            raise CannotWriteError(f"{directory / file} was not finished", "try again")
+        entries[file] = Entry(writer.digest.bytes, writer.digest.sha256)
+    if len(shards) > 1:
+        index_file = directory / f"{stem}.safetensors.index.json"
+        index_content = {"metadata": {"total_size": tensor_bytes(plan)}, "weight_map": weight_map}
+        write_file(index_file, json.dumps(index_content, indent=2, sort_keys=True) + "\n")
+        entries[index_file.name] = describe(index_file)
+    return entries
+
+
+def copy_files(sources: Iterator[Path] | list[Path], directory: Path) -> dict[str, Entry]:
+    """Copy small files (tokenizer, configuration) into `directory`, synced, and describe them."""
+    entries = {}
+    for source in sources:
+        target = directory / source.name
+        with write_errors(target):
+            shutil.copyfile(source, target)
+        sync_file(target)
+        entries[target.name] = describe(target)
+    return entries
+
+
+def describe(path: Path) -> Entry:
+    """Size and sha256 of a finished file."""
+    return Entry(path.stat().st_size, sha256_of_file(path))
+
+
+def write_manifest(directory: Path, entries: Mapping[str, Entry], about: Mapping[str, Any]) -> None:
+    """Write `manifest.json`: `about` (what the artefact is and comes from) and every file with size and sha256."""
+    files = {name: {"bytes": entry.bytes, "sha256": entry.sha256} for name, entry in sorted(entries.items())}
+    body = {"format": MANIFEST_FORMAT, **about, "files": files}
+    write_file(directory / MANIFEST_NAME, json.dumps(body, indent=2, ensure_ascii=False) + "\n")
+
+
+def check_sizes(directory: Path) -> None:
+    """DataError when a file of an artefact is missing or has another size than its manifest says (cheap, no hashing).
+
+    A directory without `manifest.json` (a model from elsewhere) passes.
+    """
+    path = directory / MANIFEST_NAME
+    if not path.is_file():
+        return
+    try:
+        files = {str(name): int(entry["bytes"]) for name, entry in json.loads(path.read_bytes())["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is not readable", "export or quantize the model again") from error
+    for name, size in files.items():
+        file = directory / name
+        if not file.is_file() or file.stat().st_size != size:
+            state = f"has {file.stat().st_size} bytes where {path.name} says {size}" if file.is_file() else "is missing"
+            raise DataError(f"{file} {state}", "export or quantize the model again, or copy it again")
+
+
+def readable_bytes(count: float) -> str:
+    """`count` bytes for people, decimal units."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def _size(dtype: str, shape: tuple[int, ...]) -> int:
+    return int(np.prod(shape, dtype=np.int64)) * DTYPE_BYTES[dtype]
