@@ -42,7 +42,7 @@ def run_command(commands: Mapping[str, tuple[str, str]], load: Callable[[str], M
     module.configure(parser)
     parser.epilog = parser.epilog or "--traceback shows the full Python traceback of an error."
     try:
-        return int(module.run(parser.parse_args(words[1:])))
+        return int(module.run(_parse(parser, words[1:])))
     except SteadfastError as error:
         if with_traceback:
             traceback.print_exc()
@@ -81,9 +81,23 @@ def overview(commands: Mapping[str, tuple[str, str]]) -> str:
     )
 
 
+def _parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
+    """As parse_args, but `section.key=value` may also stand after options, where argparse no longer looks for them."""
+    arguments, rest = parser.parse_known_args(words)
+    overrides = getattr(arguments, "overrides", None)
+    if rest and overrides is not None and all("=" in word and not word.startswith("-") for word in rest):
+        overrides.extend(rest)
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return arguments
+
+
 def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [""])[0]
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Module docstrings are the descriptions (kept as written); defaults are shown."""
+    """Module docstrings are the descriptions (kept as written); defaults that say something are shown."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False, []) else super()._get_help_string(action)

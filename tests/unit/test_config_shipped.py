@@ -1,0 +1,130 @@
+"""Every configuration that is shipped loads, and what is generated is up to date."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from trainer.config.deepspeed import SHIPPED, check_deepspeed, lint, load_deepspeed_json
+from trainer.config.document import parse
+from trainer.config.explain import EXAMPLES, explain, explanations, json_schema
+from trainer.config.load import config_as_yaml, config_from_text, load_config
+from trainer.config.words import keys, sections
+from trainer.errors import UsageError
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
+DEEPSPEED = sorted(SHIPPED.glob("*.json"))
+
+
+def steadfast(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "steadfast.py"), *words], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+
+
+def test_the_files_others_rely_on_are_there() -> None:
+    assert ROOT / "configs" / "tiny.yaml" in RECIPES
+    assert {path.stem for path in DEEPSPEED} == {"zero1", "zero2", "zero3", "zero3-offload-cpu", "zero3-offload-nvme"}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_a_shipped_recipe_loads_and_fits_the_schema(path: Path) -> None:
+    text = path.read_text()
+    assert text.startswith("# yaml-language-server: $schema=schema.json\n")
+    config = load_config(path)
+    assert check_deepspeed(config, "cpu") == []
+    document = parse(text, str)
+    jsonschema.Draft202012Validator(json_schema()).validate(document.value)
+    jsonschema.Draft202012Validator(json_schema()).validate(parse(config_as_yaml(config), str).value)
+
+
+@pytest.mark.parametrize("path", DEEPSPEED, ids=lambda path: path.name)
+def test_a_shipped_deepspeed_file_is_accepted(path: Path) -> None:
+    settings = load_deepspeed_json(path.stem)
+    assert lint(settings, path.name, "cuda") == []
+    on_cpu = lint(settings, path.name, "cpu")
+    assert bool(on_cpu) == ("nvme" in path.name), on_cpu
+
+
+def test_the_shipped_schema_is_the_generated_one() -> None:
+    shipped = json.loads((ROOT / "configs" / "schema.json").read_text())
+    assert shipped == json_schema(), "run: python steadfast.py config schema > configs/schema.json"
+
+
+def test_the_schema_refuses_what_the_loader_refuses() -> None:
+    validator = jsonschema.Draft202012Validator(json_schema())
+    document = parse((ROOT / "configs" / "tiny.yaml").read_text(), str)
+    for path, value in {"train.max_steps": "ten", "optimizer.lr": 1, "schedule.type": "step", "foo": 1}.items():
+        broken = json.loads(json.dumps(document.value))
+        *parents, last = path.split(".")
+        target = broken
+        for parent in parents:
+            target = target[parent]
+        target[last] = value
+        assert not validator.is_valid(broken), path
+
+
+def test_every_key_is_explained_with_an_example_that_loads() -> None:
+    text = explain()
+    for key in keys():
+        assert f"{key}: " in text
+        assert keys()[key].description, f"{key} has no docstring"
+    minimum = ["run.dir=x", "model.path=m", "data.train=d", "train.max_steps=8", "model.config=null"]
+    for entry in explanations():
+        override = entry["example"].strip("'")
+        extra = ["model.path=null"] if entry["key"] == "model.config" else []
+        assert config_from_text("", "none", [*minimum, *extra, override]), entry
+
+
+def test_explain_names_the_type_the_default_and_the_near_word() -> None:
+    assert "whole number >= 1 or null, default null" in explain("data.overlap")
+    assert "one of cosine, linear, constant" in explain("schedule")
+    with pytest.raises(UsageError, match=r"did you mean 'data\.overlap'"):
+        explain("data.stride")
+    assert set(EXAMPLES) <= set(keys())
+
+
+def test_check_is_quick_and_imports_no_torch() -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = steadfast("config", "check", "configs/tiny.yaml", "train.max_steps=5", "--device", "cpu")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "configs/tiny.yaml: ok (zero2 on cpu)\n", "")
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+    imported = subprocess.run(
+        [sys.executable, "-c", "import sys, trainer.config.command; print({'torch', 'deepspeed'} & {*sys.modules})"],
+        capture_output=True, text=True, check=True, cwd=ROOT,
+    )  # fmt: skip
+    assert imported.stdout == "set()\n"
+
+
+def test_check_reports_yaml_and_deepspeed_problems_without_a_traceback(tmp_path: Path) -> None:
+    bad = steadfast("config", "check", "configs/tiny.yaml", "train.max_stepz=5", "--json")
+    assert bad.returncode == 2
+    assert "did you mean 'train.max_steps'" in json.loads(bad.stdout)["problems"][0]
+    settings = tmp_path / "mine.json"
+    settings.write_text('{"zero_optimisation": {"stage": 3}}')
+    bad = steadfast("config", "check", "configs/tiny.yaml", f"engine.deepspeed={settings}")
+    assert bad.returncode == 2
+    assert "unknown key 'zero_optimisation'; did you mean 'zero_optimization'?" in bad.stderr
+    assert "Traceback" not in bad.stderr
+
+
+def test_show_prints_a_configuration_that_loads_again(tmp_path: Path) -> None:
+    shown = steadfast("config", "show", "configs/tiny.yaml", "run.seed=7", "--ranks", "2", "--device", "cpu")
+    path = tmp_path / "shown.yaml"
+    path.write_text(shown.stdout)
+    assert load_config(path) == load_config(ROOT / "configs" / "tiny.yaml", ["run.seed=7"])
+    assert '"gradient_accumulation_steps": 2' in shown.stdout
+    as_json = json.loads(steadfast("config", "show", "configs/tiny.yaml", "--ranks", "4", "--json").stdout)
+    assert as_json["deepspeed"]["train_batch_size"] == 4
+
+
+def test_sections_are_listed_in_the_order_of_the_schema() -> None:
+    assert [*sections()][:4] == ["run", "model", "data", "train"]

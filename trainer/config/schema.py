@@ -1,0 +1,168 @@
+"""What can be configured. One frozen class a section; a field's docstring is its help text.
+
+Parsing reads nothing but the YAML file and imports no torch; whatever depends on the number of ranks is computed
+later (`trainer.plan`). Unknown keys are errors everywhere. `gradient_accumulation_steps` is not a key: it follows
+from the global batch, the micro-batch and the number of ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
+
+Count = Annotated[int, Strict(), Field(ge=1)]
+CountOrZero = Annotated[int, Strict(), Field(ge=0)]
+# Strict everywhere: otherwise `learning_rate: true` is 1.0 and `packing: 1` is true, and neither was meant.
+PositiveFloat = Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Strict(), Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Strict(), Field(ge=0, le=1, allow_inf_nan=False)]
+Flag = Annotated[bool, Strict()]
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are refused, values never change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Run(Section):
+    """Where the run lives and what seeds it."""
+
+    dir: str
+    """Directory of this run: configuration, ledgers, TensorBoard files and checkpoints. Starting again resumes."""
+    seed: CountOrZero = 42
+    """Seed of weight initialisation, dropout and the order of data."""
+
+
+class Model(Section):
+    """Which model is trained. Give `path` (a local Hugging Face directory) or `config` (from scratch), not both."""
+
+    path: str | None = None
+    """Local directory with config.json and safetensors weights."""
+    config: dict[str, Any] | None = None
+    """A transformers configuration, e.g. {model_type: llama, hidden_size: 128, ...}; the vocabulary size follows
+    from the tokenizer of the token store."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Compute dtype. bfloat16 keeps fp32 master weights in the optimizer. On a CPU use float32."""
+    gradient_checkpointing: Flag = True
+    """Recompute activations in the backward pass: much less memory, about a third more compute."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention implementation. Whatever is chosen, training starts only if packed samples cannot see each other."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Model:
+        if (self.path is None) == (self.config is None):
+            raise ValueError("give exactly one of model.path (a local directory) and model.config (from scratch)")
+        if self.config is not None and "model_type" not in self.config:
+            raise ValueError("model.config needs model_type, e.g. llama")
+        return self
+
+
+class Data(Section):
+    """Which token store is read and how rows are made of it. A store is built with `steadfast data build`."""
+
+    train: str
+    """Token store to train on."""
+    eval: str | None = None
+    """Token store to evaluate on, built with the same tokenizer."""
+    sequence_length: Count | None = None
+    """Tokens in a row; default: the length the store was built for. Another length only makes a new plan."""
+    overlap: Count | None = None
+    """Tokens that neighbouring windows of a long document share; default: as the store was built."""
+    packing: Flag = True
+    """Put several samples into one row (they cannot see each other)."""
+
+
+class Optimizer(Section):
+    """AdamW. Biases, norms and other vectors are never decayed."""
+
+    type: Literal["adamw"] = "adamw"
+    """Optimizer."""
+    learning_rate: PositiveFloat = 1e-5
+    """Peak learning rate."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay of matrices."""
+    beta1: Fraction = 0.9
+    """Decay of the mean of gradients."""
+    beta2: Fraction = 0.95
+    """Decay of the mean of squared gradients."""
+    epsilon: PositiveFloat = 1e-8
+    """Term that keeps the denominator from zero."""
+
+
+class Schedule(Section):
+    """Learning rate over the steps: warm-up from zero, then the chosen shape down to `final_ratio`."""
+
+    type: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape after the warm-up."""
+    warmup_steps: CountOrZero = 0
+    """Steps over which the learning rate rises linearly to its peak."""
+    final_ratio: Fraction = 0.1
+    """Learning rate at the last step as a share of the peak."""
+
+
+class Train(Section):
+    """How much is trained."""
+
+    max_steps: Count
+    """Optimizer steps of the whole run; a resumed run stops at the same total."""
+    global_batch_size: Count = 8
+    """Rows in one optimizer step over all ranks; the same for any number of ranks."""
+    micro_batch_size: Count = 1
+    """Rows a rank processes at once."""
+    max_gradient_norm: NonNegativeFloat = 1.0
+    """Gradients are clipped to this global norm; 0 switches clipping off."""
+    max_skipped_steps: Count = 10
+    """Steps in a row that may be skipped for a non-finite gradient before the run stops with exit code 78."""
+
+
+class Engine(Section):
+    """DeepSpeed."""
+
+    deepspeed: str = "zero2"
+    """A file of configs/ds/ by name (zero1, zero2, zero3, zero3-offload-cpu, ...) or a path to a DeepSpeed JSON."""
+    timeout_seconds: Count = 600
+    """Bound on every collective: a lost or stuck rank ends the run after this time."""
+
+
+class Checkpoint(Section):
+    """When state is saved. A save that was committed is never lost."""
+
+    every_steps: Count = 500
+    """Steps between checkpoints; the last step is always saved."""
+    keep: Count = 2
+    """Checkpoints kept; the newest valid one is never removed."""
+
+
+class Evaluate(Section):
+    """Loss on data.eval."""
+
+    every_steps: Count = 500
+    """Steps between evaluations; the last step is always evaluated."""
+    max_rows: Count = 256
+    """Rows of data.eval used."""
+
+
+class Logging(Section):
+    """What is written down while training."""
+
+    every_steps: Count = 10
+    """Steps between lines of progress, metrics.jsonl and TensorBoard."""
+    tensorboard: Flag = True
+    """Write TensorBoard files below run.dir/tensorboard."""
+
+
+class Config(Section):
+    """A whole training run."""
+
+    run: Run
+    model: Model
+    data: Data
+    train: Train
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    engine: Engine = Engine()
+    checkpoint: Checkpoint = Checkpoint()
+    evaluate: Evaluate = Evaluate()
+    logging: Logging = Logging()
