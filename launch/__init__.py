@@ -1,0 +1,1 @@
+"""Starting ranks: every launcher only produces the six variables of one contract."""

@@ -1,0 +1,115 @@
+"""Start a training run: all ranks on this machine, or ranks on the nodes of a Ray cluster.
+
+steadfast launch local configs/tiny.yaml --ranks-per-node 2
+steadfast launch ray configs/tiny.yaml --nodes 2 --gpus-per-node 8 --address auto
+steadfast launch local configs/tiny.yaml --ranks-per-node 2 --dry-run
+
+On several nodes the checkout, its Python and the paths of the configuration must be the same on every node.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+from pathlib import Path
+from typing import Any
+
+from launch.contract import LAUNCHER_PID, VARIABLES, resolve
+from launch.local import launch_local, plan_local
+from launch.train_command import checked_config, guess_device, rank_command
+from trainer.config.arguments import add_config_arguments
+from trainer.config.deepspeed import accumulation_steps
+from trainer.config.schema import Config
+from trainer.errors import UsageError
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare `launch local` and `launch ray`."""
+    places = parser.add_subparsers(dest="place", required=True, metavar="PLACE")
+    local = places.add_parser("local", help="every rank on this machine, as `steadfast train --nproc`")
+    ray = places.add_parser("ray", help="one host process a node in a Ray cluster, which starts that node's ranks")
+    for place in (local, ray):
+        add_config_arguments(place)
+        place.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes to run on (default 1)")
+        place.add_argument("--gpus-per-node", type=int, default=0, metavar="G", help="GPUs of a node (default 0: CPU)")
+        place.add_argument("--ranks-per-node", type=int, metavar="K", help="ranks on a node (default: one a GPU, or 1)")
+        place.add_argument("--dry-run", action="store_true", help="print the plan and start nothing")
+        place.add_argument("--json", action="store_true", help="with --dry-run: print the plan as JSON")
+    ray.add_argument("--address", metavar="ADDRESS", help="Ray cluster, e.g. auto or HOST:6379 (default: a local one)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Check everything that can be checked without a process, then launch; returns the exit code of the run."""
+    if (world := resolve(os.environ)) is not None:
+        raise UsageError(
+            f"launch inside a launched rank (RANK={world.rank} is set)", "use train, or unset RANK and its companions"
+        )
+    nodes, gpus = arguments.nodes, arguments.gpus_per_node
+    ranks = arguments.ranks_per_node if arguments.ranks_per_node is not None else gpus or 1
+    for name, value, least in (("--nodes", nodes, 1), ("--gpus-per-node", gpus, 0), ("--ranks-per-node", ranks, 1)):
+        if value < least:
+            raise UsageError(f"{name} {value}", f"give at least {least}")
+    if arguments.place == "local" and nodes != 1:
+        raise UsageError(f"launch local --nodes {nodes}", "this machine is one node; use launch ray for several")
+    device = "cuda" if gpus else guess_device(os.environ) if arguments.place == "local" else "cpu"
+    config = checked_config(arguments.config, arguments.overrides, nodes * ranks, device)
+    command = rank_command(arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        _show(_plan(arguments, config, command, nodes, ranks), as_json=arguments.json)
+        return 0
+    if arguments.place == "local":
+        return launch_local(command, processes=ranks, environ=os.environ, run_dir=Path(config.run.dir))
+    from launch.ray import launch_ray
+
+    return launch_ray(
+        command,
+        nodes=nodes,
+        ranks_per_node=ranks,
+        gpus_per_node=gpus,
+        address=arguments.address,
+        run_dir=Path(config.run.dir),
+    )
+
+
+def _plan(arguments: argparse.Namespace, config: Config, command: list[str], nodes: int, ranks: int) -> dict[str, Any]:
+    plan: dict[str, Any] = {
+        "place": arguments.place,
+        "nodes": nodes,
+        "ranks_per_node": ranks,
+        "world_size": nodes * ranks,
+        "gradient_accumulation_steps": accumulation_steps(config, nodes * ranks),
+        "command": command,
+        "directory": str(Path.cwd()),
+    }
+    if arguments.place == "ray":
+        return plan | {
+            "address": arguments.address or "a new local cluster",
+            "bundle": {"CPU": ranks, "GPU": arguments.gpus_per_node},
+            "strategy": "STRICT_SPREAD" if nodes > 1 else "PACK",
+            "rendezvous": "address and free port of the host of rank 0, chosen there at start",
+        }
+    shown = (*VARIABLES, LAUNCHER_PID, "OMP_NUM_THREADS", "PYTHONUNBUFFERED")
+    plan["ranks"] = [
+        {name: process.environment[name] for name in shown}
+        for process in plan_local(command, processes=ranks, environ=os.environ, port=0)
+    ]
+    for rank in plan["ranks"]:
+        rank["MASTER_PORT"] = "a free port, chosen at start"
+        rank[LAUNCHER_PID] = "process id of the launcher"
+    return plan
+
+
+def _show(plan: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(plan, indent=2))
+        return
+    for name, value in plan.items():
+        if name == "command":
+            print(f"command: {shlex.join(value)}")
+        elif name == "ranks":
+            for rank in value:
+                print(f"rank {rank['RANK']}: " + " ".join(f"{key}={shlex.quote(text)}" for key, text in rank.items()))
+        else:
+            print(f"{name}: {value}")

@@ -1,0 +1,96 @@
+"""What makes a process a rank: six environment variables, the same ones torchrun sets.
+
+The local launcher, the Ray launcher and torchrun do nothing but start `steadfast train CONFIG ...` with them. All six
+are there (a rank), or none (nobody launched us); anything between is a broken launcher and is refused, because a rank
+that guesses its place waits for peers that never come.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Mapping
+
+from trainer.errors import PeerLostError, UsageError
+from trainer.world import World
+
+NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHER_PID = "STEADFAST_LAUNCHER_PID"
+
+
+def resolve(environ: Mapping[str, str]) -> World | None:
+    """Our place among the ranks, or None when no launcher started us.
+
+    Raises UsageError for variables that are half set, are not numbers or contradict each other.
+    """
+    given = [name for name in VARIABLES if environ.get(name, "") != ""]
+    if not given:
+        return None
+    if missing := [name for name in VARIABLES if name not in given]:
+        raise UsageError(
+            f"{', '.join(given)} set in the environment but not {', '.join(missing)}",
+            "a launcher sets all six; to start without one: unset " + " ".join(given),
+        )
+    number = {name: _whole_number(name, environ[name]) for name in NUMBERS}
+    world = World(
+        rank=number["RANK"],
+        world_size=number["WORLD_SIZE"],
+        local_rank=number["LOCAL_RANK"],
+        local_world_size=number["LOCAL_WORLD_SIZE"],
+        master_address=environ["MASTER_ADDR"],
+        master_port=number["MASTER_PORT"],
+    )
+    for fits, problem in (
+        (world.rank < world.world_size, f"RANK={world.rank} is not below WORLD_SIZE={world.world_size}"),
+        (
+            world.local_rank < world.local_world_size,
+            f"LOCAL_RANK={world.local_rank} is not below LOCAL_WORLD_SIZE={world.local_world_size}",
+        ),
+        (
+            world.local_world_size <= world.world_size,
+            f"LOCAL_WORLD_SIZE={world.local_world_size} is above WORLD_SIZE={world.world_size}",
+        ),
+        (0 < world.master_port < 1 << 16, f"MASTER_PORT={world.master_port} is not a port"),
+    ):
+        if not fits:
+            raise UsageError(f"{problem} in the environment", "the launcher that set it is wrong")
+    return world
+
+
+def rank_environment(world: World) -> dict[str, str]:
+    """The six variables that make a process this rank."""
+    return {
+        "RANK": str(world.rank),
+        "WORLD_SIZE": str(world.world_size),
+        "LOCAL_RANK": str(world.local_rank),
+        "LOCAL_WORLD_SIZE": str(world.local_world_size),
+        "MASTER_ADDR": world.master_address,
+        "MASTER_PORT": str(world.master_port),
+    }
+
+
+def require_resolvable(address: str, *, tries: int = 3, pause_seconds: float = 2.0) -> None:
+    """Raise PeerLostError when no address is known for the host of rank 0.
+
+    torch would try again in silence until the whole timeout of collectives has passed.
+    """
+    for left in reversed(range(tries)):
+        try:
+            socket.getaddrinfo(address, None)
+            return
+        except (OSError, UnicodeError) as error:
+            if not left:
+                raise PeerLostError(
+                    f"cannot resolve the host of rank 0, MASTER_ADDR={address}: {error}",
+                    "use a name or an address that every node knows",
+                ) from error
+        time.sleep(pause_seconds)
+
+
+def _whole_number(name: str, text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise UsageError(
+            f"{name}={text!r} in the environment is not a whole number", "the launcher that set it is wrong"
+        )
+    return int(text)

@@ -1,0 +1,136 @@
+"""Train a model as a configuration says. Starting the same command again resumes the run.
+
+steadfast train configs/tiny.yaml --nproc 2
+steadfast train configs/tiny.yaml data.train=out/store train.max_steps=40
+torchrun --nproc-per-node 2 steadfast.py train configs/tiny.yaml
+
+Ctrl-C once: all ranks agree on a checkpoint and stop (exit code 75). Twice: everything stops at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from launch.contract import LAUNCHER_PID, require_resolvable, resolve
+from launch.faults import name_of_fault
+from launch.local import launch_local
+from launch.signals import StopRequests, die_with_parent
+from trainer.cli import report
+from trainer.config.arguments import add_config_arguments
+from trainer.config.deepspeed import Device, check_deepspeed
+from trainer.config.load import load_config
+from trainer.config.schema import Config
+from trainer.durable import write_file
+from trainer.errors import ConfigError, RunLockedError, SteadfastError, UsageError
+from trainer.world import World
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare `train CONFIG [section.key=value ...] [--nproc N]`."""
+    add_config_arguments(parser)
+    parser.add_argument("--nproc", type=int, metavar="N", help="ranks to start on this machine (1 when not given)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Be one rank when a launcher started us, else start ranks on this machine; returns the exit code."""
+    world = resolve(os.environ)
+    if world is None:
+        processes = 1 if arguments.nproc is None else arguments.nproc
+        config = checked_config(arguments.config, arguments.overrides, processes, guess_device(os.environ))
+        return launch_local(
+            rank_command(arguments.config, arguments.overrides),
+            processes=processes,
+            environ=os.environ,
+            run_dir=Path(config.run.dir),
+        )
+    if arguments.nproc is not None and arguments.nproc > 1:
+        raise UsageError(
+            f"--nproc {arguments.nproc} inside a launched rank (RANK={world.rank} is set)",
+            "let one launcher start the ranks: drop --nproc, or unset RANK and its companions",
+        )
+    return _be_a_rank(load_config(arguments.config, arguments.overrides), world)
+
+
+def checked_config(path: Path, overrides: Sequence[str], ranks: int, device: Device) -> Config:
+    """Everything that can be known to be wrong before a process is started, as one ConfigError."""
+    if ranks < 1:
+        raise UsageError(f"{ranks} ranks asked for", "a run has at least one rank")
+    config = load_config(path, overrides)
+    if problems := check_deepspeed(config, device):
+        raise ConfigError(problems)
+    return config
+
+
+def rank_command(config: Path, overrides: Sequence[str]) -> list[str]:
+    """The command of every rank: this checkout's steadfast.py with this Python, however we were started."""
+    words = [sys.executable, str(ROOT / "steadfast.py"), "train", str(config), *overrides]
+    return [*words, "--traceback"] if "--traceback" in sys.argv else words
+
+
+def guess_device(environ: Mapping[str, str]) -> Device:
+    """Whether ranks will see a CUDA device, without importing torch."""
+    if environ.get("DS_ACCELERATOR") == "cpu":
+        return "cpu"
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return "cpu" if visible.strip() in ("", "-1") else "cuda"
+    return "cuda" if Path("/dev/nvidia0").exists() else "cpu"
+
+
+def _be_a_rank(config: Config, world: World) -> int:
+    """Train as one rank. The launcher (if ours) decides what Ctrl-C means and takes us along when it dies."""
+    if os.environ.get(LAUNCHER_PID):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if (reason := die_with_parent(int(os.environ[LAUNCHER_PID]))) is not None and world.is_first:
+            sys.stderr.write(f"warning: {reason}\n")
+    stop_requests = StopRequests()
+    stop_requests.install()
+    try:
+        require_resolvable(world.master_address)
+        from trainer.assemble import train
+
+        train(config, world, stop_requests)
+    except BaseException as error:
+        return _fail(error, config, world)
+    return 0
+
+
+def _fail(error: BaseException, config: Config, world: World) -> int:
+    """Say what happened in one line, keep the whole traceback in run.dir/errors, and leave at once."""
+    fault = name_of_fault(error)
+    place = Path(config.run.dir) / "errors" / f"rank-{world.rank}.txt"
+    kept = f"the whole traceback is in {place}"
+    show_traceback = "--traceback" in sys.argv
+    try:
+        # A run directory that another run holds is not ours to write to.
+        if not isinstance(error, RunLockedError):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            write_file(place, "".join(traceback.format_exception(error)))
+    except (OSError, SteadfastError) as failure:
+        kept = f"its traceback could not be kept: {failure}"
+        show_traceback |= fault is None
+    if show_traceback:
+        traceback.print_exception(error)
+    if isinstance(error, KeyboardInterrupt):
+        code = 130
+        sys.stderr.write("error: interrupted\n")
+    elif fault is not None:
+        code = fault.exit_code
+        report(fault)
+    else:
+        code = SteadfastError.exit_code
+        text = (str(error).strip().splitlines() or [""])[0]
+        sys.stderr.write(f"error: {type(error).__name__}: {text} (a bug of ours; {kept})\n")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # The world of collectives is broken: an orderly shutdown of the interpreter would wait for peers in gloo's and
+    # NCCL's destructors, up to the full timeout. Nothing is lost: what a checkpoint committed is on disk.
+    os._exit(code)
