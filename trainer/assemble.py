@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.config.deepspeed import compile_deepspeed
+from trainer.config.deepspeed import accumulation_steps, compile_deepspeed
 from trainer.config.load import config_as_yaml
 from trainer.config.schema import Config
 from trainer.data.feed import Feed, evaluation_batches
@@ -22,7 +22,7 @@ from trainer.durable import write_errors, write_file
 from trainer.engine import device as devices
 from trainer.errors import DataError
 from trainer.loop import Loop, Observer, StopFlag, fit
-from trainer.plan import Plan, accumulation_steps, make_plan
+from trainer.plan import Plan, make_plan
 from trainer.run_directory import RunDirectory
 from trainer.state import TrainState
 from trainer.world import World
@@ -41,6 +41,9 @@ def train(config: Config, world: World, stop: StopFlag) -> None:
 
     run = RunDirectory(Path(config.run.dir))
     lock = run.lock() if world.is_first else None
+    if world.is_first:
+        # Only now, with the lock: before it the marker may be that of a run that is just ending.
+        run.stopped.unlink(missing_ok=True)
     collectives.join(world, devices.communication_backend(kind), config.engine.timeout_seconds)
     train_joined(config, world, stop, run, kind)
     collectives.leave()
@@ -176,6 +179,7 @@ def _build_engine(config: Config, world: World, run: RunDirectory, device: Any, 
         world_size=world.world_size,
         accumulation_steps=accumulation_steps(config, world.world_size),
         device=kind,
+        hidden_size=json.loads((run.model_files / "config.json").read_text()).get("hidden_size"),
     )
     torch.manual_seed(config.run.seed + world.rank)
     hook = ZeroThreeHook(deepspeed_config)

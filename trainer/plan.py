@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from trainer.config.deepspeed import accumulation_steps
 from trainer.config.schema import Config
 
 
@@ -49,8 +50,3 @@ def make_plan(config: Config, *, world_size: int, rows: int, sequence_length: in
         max_steps=config.train.max_steps,
         epochs=config.train.max_steps * batch / rows,
     )
-
-
-def accumulation_steps(config: Config, world_size: int) -> int:
-    """Micro-batches a rank needs for its share of the global batch."""
-    return -(-config.train.global_batch_size // (world_size * config.train.micro_batch_size))

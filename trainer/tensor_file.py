@@ -94,7 +94,7 @@ class TensorFileWriter:
 
     def write(self, name: str, content: np.ndarray[Any, Any]) -> None:
         """Append the next tensor; `name` and its size must be what the header announced."""
-        data = memoryview(np.ascontiguousarray(content).reshape(-1).view(np.uint8))
+        data = np.ascontiguousarray(content).reshape(-1).view(np.uint8).data
         if self._written == len(self._expected) or (name, data.nbytes) != self._expected[self._written]:
             raise ValueError(
                 f"{self.path}: {name} with {data.nbytes} bytes is not the tensor the header announces next"
@@ -148,7 +148,9 @@ class TensorFile:
         stop = total if count is None else start + count
         if not 0 <= start <= stop <= total:
             raise IndexError(f"{self.path}: {name} has {total} elements, asked for [{start}, {stop})")
-        flat = self._bytes[entry.begin + start * width : entry.begin + stop * width].view(NUMPY_DTYPES[entry.dtype])
+        flat: np.ndarray[Any, Any] = self._bytes[entry.begin + start * width : entry.begin + stop * width].view(
+            NUMPY_DTYPES[entry.dtype]
+        )
         return flat if (start, count) != (0, None) else flat.reshape(entry.shape)
 
 

@@ -41,7 +41,7 @@ def main() -> None:
         def write(place: Path, step: int = step) -> dict:
             name = rank_file(rank, world_size)
             keys = [slice_key(kind, rank * share, "weight") for kind in KINDS]
-            with TensorFileWriter(place / name, {key: ("F32", (share,)) for key in keys}) as file:
+            with TensorFileWriter(place / name, dict.fromkeys(keys, ("F32", (share,)))) as file:
                 for key in keys:
                     file.write(key, np.full(share, step, np.float32))
                     on_phase("middle of the file", step)

@@ -13,9 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from launch.contract import resolve  # noqa: E402
-from trainer import collectives  # noqa: E402
-from trainer.engine import device as devices  # noqa: E402
+from launch.contract import resolve
+from trainer import collectives
+from trainer.engine import device as devices
 
 
 def main() -> None:

@@ -29,6 +29,20 @@ from trainer.errors import CannotWriteError, DataError, MissingInputError, Usage
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def test_the_fingerprint_is_of_the_content_not_of_the_place(tmp_path: Path) -> None:
+    tokenizer = save_tokenizer(tmp_path / "tokenizer")
+
+    def built(name: str, rows: int, length: int = 200) -> str:
+        (tmp_path / name).mkdir()
+        file = write_json(tmp_path / name / "a.json", alpaca_rows(rows))
+        return build_store([file], tokenizer, tmp_path / name / "store", length).fingerprint
+
+    first = built("here", 12)
+    assert built("elsewhere", 12) == first
+    assert built("longer rows", 12, 300) == first
+    assert built("more rows", 13) != first
+
+
 def test_round_trip(tmp_path: Path) -> None:
     files = [
         write_json(tmp_path / "a.json", alpaca_rows(12)),

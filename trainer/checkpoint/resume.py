@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ class Checkpointer:
             fixed |= {f"buffer:0:{name}": array for name, array in self._buffers().items()}
         for key, array in fixed.items():
             shapes[key] = (DTYPE_NAMES[array.dtype], array.shape)
-            arrays[key] = lambda array=array: array
+            arrays[key] = partial(np.asarray, array)
         name = rank_file(self.world.rank, self.world.world_size)
         with TensorFileWriter(place / name, shapes) as file:
             for key, read in arrays.items():

@@ -61,8 +61,8 @@ class SliceReader:
             except (DataError, OSError) as error:
                 raise damaged(path, f"{name} cannot be read") from error
             for key, entry in file.entries.items():
-                kind, start, parameter = key.split(":", 2)
-                if kind in KINDS:
+                if key.partition(":")[0] in KINDS:
+                    kind, start, parameter = key.split(":", 2)
                     self._slices[kind, parameter].append(_Slice(int(start), math.prod(entry.shape), file, key))
         for key_pair, slices in self._slices.items():
             slices.sort(key=lambda piece: piece.start)

@@ -1,1 +1,1 @@
-"""TBD."""
+"""Data: raw files to token stores, token stores to the micro-batches of every step."""

@@ -26,6 +26,7 @@ from trainer.data.reader import (
     PLAN_ARRAYS,
     SCHEMA_VERSION,
     body_hash,
+    content_fingerprint,
     default_overlap,
     plan_name,
 )
@@ -162,7 +163,7 @@ def build_store(
         write_file(temporary / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
     return BuildReport(
         path=str(out),
-        fingerprint=manifest["body_sha256"],
+        fingerprint=content_fingerprint(manifest),
         sources=tuple(sources),
         **{name: manifest[name] for name in BuildReport.__dataclass_fields__ if name in manifest and name != "sources"},
     )

@@ -45,16 +45,26 @@ def body_hash(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
+def content_fingerprint(manifest: Mapping[str, Any]) -> str:
+    """sha256 over what is trained on: the token shards and what the ids mean.
+
+    Where the inputs lay, when it was built and for which sequence length are left out: a store that is built again
+    from the same rows has the same fingerprint, and a run on it resumes.
+    """
+    shards = [[file["name"], file["sha256"]] for file in manifest["files"] if file["name"].startswith("tokens/")]
+    return body_hash({"shards": shards, "tokenizer": manifest["tokenizer_fingerprint"]})
+
+
 class TokenStore:
     """A token store opened for reading: memory maps, no copies, safe to share between processes.
 
-    `path` is its directory, `manifest` its manifest, `fingerprint` the sha256 that names its whole content.
+    `path` is its directory, `manifest` its manifest, `fingerprint` names its content (see `content_fingerprint`).
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self.path = path
         self.manifest = manifest
-        self.fingerprint: str = manifest["body_sha256"]
+        self.fingerprint: str = content_fingerprint(manifest)
         names = [file["name"] for file in manifest["files"] if file["name"].startswith("tokens/")]
         self._shards = [read_arrays(path / name) for name in names]
         counts = [len(shard["document_offsets"]) - 1 for shard in self._shards]

@@ -23,8 +23,11 @@ class ZeroThreeHook:
     """
 
     def __init__(self, deepspeed_config: dict[str, Any]) -> None:
+        import deepspeed
         from transformers.integrations.deepspeed import set_hf_deepspeed_config
 
+        # Sharded construction asks DeepSpeed, not torch, for the world; this makes it take over torch's process group.
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         self.config = deepspeed_config
         set_hf_deepspeed_config(self)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.nn import functional
 
 from trainer.data.feed import MicroBatch
@@ -48,7 +49,7 @@ def check_model(engine: Engine, vocabulary_size: int, *, packing: bool, dtype: s
         )
 
 
-def _row(ids: np.ndarray) -> MicroBatch:  # type: ignore[type-arg]
+def _row(ids: NDArray[np.int64]) -> MicroBatch:
     targets = np.roll(ids, -1)
     targets[[SAMPLE - 1, -1]] = NOT_SUPERVISED
     positions = np.tile(np.arange(SAMPLE), 2)

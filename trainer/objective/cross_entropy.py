@@ -24,7 +24,7 @@ def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     `hidden` [positions, width], `weight` [vocabulary, width], both of the compute dtype; `targets` int64 [positions],
     all valid ids. Softmax and sum are fp32. No positions give 0 with a gradient of zeros.
     """
-    result: Tensor = _SummedCrossEntropy.apply(hidden, weight, targets)
+    result: Tensor = _SummedCrossEntropy.apply(hidden, weight, targets)  # type: ignore[no-untyped-call]
     return result
 
 

@@ -11,13 +11,13 @@ class TensorBoard:
     def __init__(self, path: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(path), purge_step=step + 1 if step else None)  # type: ignore[no-untyped-call]
+        self._writer = SummaryWriter(str(path), purge_step=step + 1 if step else None)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Add one point to each curve."""
         for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+            self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Write what is buffered."""
-        self._writer.close()  # type: ignore[no-untyped-call]
+        self._writer.close()

@@ -1,0 +1,33 @@
+"""Fixtures shared by all kinds of tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.corpora import alpaca_rows, tiny_store
+from tests.support.ranks import RankPool
+
+
+@pytest.fixture(scope="session")
+def one_rank() -> Iterator[RankPool]:
+    """A warm process that is the only rank."""
+    pool = RankPool(1)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def two_ranks() -> Iterator[RankPool]:
+    """A warm pair of ranks."""
+    pool = RankPool(2)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory):
+    """A token store with rows of 384 tokens: 90 short conversations, and four long ones that are cut into windows."""
+    rows = alpaca_rows(90, longest=4) + alpaca_rows(4, seed=1, longest=120)
+    return tiny_store(tmp_path_factory.mktemp("store"), rows, sequence_length=384)

@@ -1,0 +1,110 @@
+"""A resumed run is the uninterrupted run: bitwise on the same number of ranks, to rounding on another one."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from tests.support.training import digest, largest_difference, losses, settings
+from trainer.checkpoint.verify import MANIFEST_NAME, committed_steps, find_checkpoint
+
+TRAIN = "tests.support.training:train"
+
+
+def run_straight(pool, run, store, **changes):
+    values = settings(run, store.path, **changes)
+    assert pool.run(TRAIN, values=values) == [None] * len(pool.processes)
+
+
+def run_interrupted(first_pool, second_pool, run, store, second_changes=None, **changes):
+    """Stop on request after step 3 in one pool, continue in another, with other settings if given."""
+    values = settings(run, store.path, **changes)
+    assert first_pool.run(TRAIN, values=values, stop_after=3) == [None] * len(first_pool.processes)
+    assert json.loads((run / "stopped.json").read_text())["step"] == 3
+    assert committed_steps(run / "checkpoints") == [3]
+    values = settings(run, store.path, **changes | (second_changes or {}))
+    assert second_pool.run(TRAIN, values=values) == [None] * len(second_pool.processes)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, two_ranks, store):
+    """Uninterrupted runs on two ranks, by DeepSpeed configuration."""
+    runs = {}
+    for name in ("zero1", "zero2", "zero3"):
+        runs[name] = tmp_path_factory.mktemp("straight") / name
+        run_straight(two_ranks, runs[name], store, engine__deepspeed=name)
+    return runs
+
+
+@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3"])
+def test_bitwise_on_the_same_number_of_ranks(name, tmp_path, two_ranks, store, straight):
+    run_interrupted(two_ranks, two_ranks, tmp_path / "run", store, engine__deepspeed=name)
+    assert losses(tmp_path / "run") == losses(straight[name])
+    assert digest(tmp_path / "run") == digest(straight[name])
+    assert (tmp_path / "run/steps/steps.jsonl").read_text() == (straight[name] / "steps/steps.jsonl").read_text()
+
+
+def test_bitwise_with_dropout(tmp_path, two_ranks, store):
+    """The state of the random generators is part of the checkpoint."""
+    model = settings(tmp_path, store.path)["model"]["config"] | {"attention_dropout": 0.2}
+    changes = {"model__config": model, "engine__deepspeed": "zero2"}
+    run_straight(two_ranks, tmp_path / "straight", store, **changes)
+    run_interrupted(two_ranks, two_ranks, tmp_path / "resumed", store, **changes)
+    assert losses(tmp_path / "resumed") == losses(tmp_path / "straight")
+    assert digest(tmp_path / "resumed") == digest(tmp_path / "straight")
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "ranks"),
+    [("zero2", "zero3", 1), ("zero3", "zero1", 1), ("zero3", "zero3-offload-cpu", 2), ("zero1", "zero3", 2)],
+)
+def test_to_rounding_on_other_ranks_and_stages(first, second, ranks, tmp_path, request, two_ranks, store, straight):
+    pool = request.getfixturevalue("one_rank" if ranks == 1 else "two_ranks")
+    run = tmp_path / "run"
+    run_interrupted(two_ranks, pool, run, store, {"engine__deepspeed": second}, engine__deepspeed=first)
+    assert np.abs(np.subtract(losses(run), losses(straight[first]))).max() <= 1e-5
+    assert largest_difference(run, straight[first]) <= 1e-5
+
+
+def test_from_one_rank_to_two(tmp_path, one_rank, two_ranks, store, straight):
+    run_interrupted(one_rank, two_ranks, tmp_path / "run", store, engine__deepspeed="zero3")
+    assert np.abs(np.subtract(losses(tmp_path / "run"), losses(straight["zero3"]))).max() <= 1e-5
+    assert largest_difference(tmp_path / "run", straight["zero3"]) <= 1e-5
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(tmp_path, two_ranks, store):
+    run = tmp_path / "run"
+    changes = {"checkpoint__every_steps": 2, "checkpoint__keep": 5}
+    run_straight(two_ranks, run, store, **changes)
+    expected = digest(run)
+    assert committed_steps(run / "checkpoints") == [6, 4, 2]
+    newest = run / "checkpoints/step-00000006/rank-00001-of-00002.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[-100] ^= 1
+    newest.write_bytes(content)
+    assert find_checkpoint(run).name == "step-00000004"
+    run_straight(two_ranks, run, store, **changes)
+    assert digest(run) == expected
+    assert committed_steps(run / "checkpoints") == [6, 4, 2]
+    assert len(losses(run)) == 6
+
+
+def test_all_damaged_is_exit_74_and_other_settings_are_exit_76(tmp_path, two_ranks, store):
+    run = tmp_path / "run"
+    run_straight(two_ranks, run, store, train__max_steps=2)
+    for changes in ({"run__seed": 4}, {"train__global_batch_size": 8}, {"data__packing": False}):
+        values = settings(run, store.path, train__max_steps=4, **changes)
+        found = two_ranks.run(TRAIN, values=values)
+        assert all(error.startswith("76: ") and "was made with other settings" in error for error in found), changes
+    shutil.copy(run / "checkpoints/step-00000002/state.json", run / "checkpoints/step-00000002" / MANIFEST_NAME)
+    found = two_ranks.run(TRAIN, values=settings(run, store.path, train__max_steps=4))
+    assert all(error.startswith("74: no valid checkpoint") for error in found)
+
+
+def test_a_finished_run_does_nothing(tmp_path, two_ranks, store):
+    run = tmp_path / "run"
+    run_straight(two_ranks, run, store, train__max_steps=2)
+    before = digest(run), (run / "metrics.jsonl").read_text()
+    run_straight(two_ranks, run, store, train__max_steps=2)
+    assert (digest(run), (run / "metrics.jsonl").read_text()) == before

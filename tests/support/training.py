@@ -1,0 +1,105 @@
+"""Small real training runs for tests: cases that warm ranks run, and readers for what a run leaves behind."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainer.checkpoint.slices import KINDS, SliceReader
+from trainer.checkpoint.verify import find_checkpoint
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.1,
+}
+
+
+def settings(run: Path, store: Path, **changes: Any) -> dict[str, Any]:
+    """Values of a small CPU run; `changes` are `section__key=value`.
+
+    A large epsilon keeps Adam well conditioned: where a gradient is about zero, the usual one turns rounding errors of
+    any order of summation into full steps, and no two correct programs would agree.
+    """
+    values: dict[str, Any] = {
+        "run": {"dir": str(run), "seed": 3},
+        "model": {"config": dict(LLAMA), "dtype": "float32", "gradient_checkpointing": False},
+        "data": {"train": str(store)},
+        "optimizer": {"learning_rate": 1e-3, "weight_decay": 0.1, "epsilon": 1e-5},
+        "schedule": {"warmup_steps": 2},
+        "train": {"max_steps": 6, "global_batch_size": 4, "micro_batch_size": 2},
+        "engine": {"deepspeed": "zero2", "timeout_seconds": 60},
+        "checkpoint": {"every_steps": 100},
+        "logging": {"every_steps": 1, "tensorboard": False},
+    }
+    for name, value in changes.items():
+        section, key = name.split("__")
+        values[section][key] = value
+    return values
+
+
+class StopAfter:
+    """A stop request that comes in as soon as step `step` begins; step 0 never comes."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+        self._asked = 0
+
+    @property
+    def requested(self) -> str | None:
+        """Asked once a step by the loop."""
+        self._asked += 1
+        return "test" if self._step and self._asked >= self._step else None
+
+
+def train(world: Any, kind: str, values: dict[str, Any], stop_after: int = 0) -> str | None:
+    """Case: one training run in the pool's process group; returns the user-facing error of this rank, if any."""
+    from trainer.assemble import train_joined
+    from trainer.config.schema import Config
+    from trainer.errors import SteadfastError
+    from trainer.run_directory import RunDirectory
+
+    config = Config.model_validate(values)
+    run = RunDirectory(Path(config.run.dir))
+    run.path.mkdir(parents=True, exist_ok=True)
+    try:
+        train_joined(config, world, StopAfter(stop_after), run, kind)  # type: ignore[arg-type]
+    except SteadfastError as error:
+        return f"{error.exit_code}: {error}"
+    return None
+
+
+def losses(run: Path) -> list[float]:
+    """The loss of every step, in order."""
+    entries = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [entry["train/loss"] for entry in entries if "train/loss" in entry]
+
+
+def gathered(run: Path) -> dict[str, np.ndarray[Any, Any]]:
+    """Whole fp32 masters and moments of the newest checkpoint, by kind and parameter."""
+    reader = SliceReader(find_checkpoint(run))
+    return {f"{kind} {name}": reader.read(kind, name) for kind in KINDS for name in reader.parameters}
+
+
+def digest(run: Path) -> str:
+    """sha256 over all masters and moments of the newest checkpoint."""
+    total = hashlib.sha256()
+    for name, array in gathered(run).items():
+        total.update(name.encode() + array.tobytes())
+    return total.hexdigest()
+
+
+def largest_difference(left: Path, right: Path, kind: str = "master") -> float:
+    """Largest absolute difference between the newest checkpoints' tensors of one kind."""
+    first, second = gathered(left), gathered(right)
+    assert first.keys() == second.keys()
+    return max(float(np.abs(first[name] - second[name]).max()) for name in first if name.startswith(kind))
