@@ -107,11 +107,11 @@ def _train_with_a_stop(out: Path, run_directory: Path, steps: int | None, ranks:
         f"data.eval={out / 'store-held-out'}",
         *([f"train.max_steps={steps}", "schedule.warmup_steps=5"] if steps else []),
     ]
-    command = _command("train", ROOT / "configs/demo.yaml", *overrides, "--nproc", ranks)
+    command = _command("train", os.path.relpath(ROOT / "configs/demo.yaml"), *overrides, "--nproc", ranks)
     _show(command)
     first = subprocess.Popen(command)
     try:
-        while first.poll() is None and _last_logged_step(run_directory) < (steps or 2000) // 8:
+        while first.poll() is None and _last_logged_step(run_directory) < (steps or 2400) // 8:
             time.sleep(0.2)
         if first.poll() is None:
             print("-- asking the run to stop (SIGTERM), as a scheduler would --", flush=True)
@@ -213,9 +213,8 @@ def _table(outcome: dict[str, Any], out: Path, model: Path, quantised: Path) -> 
         table.add_row(name, value)
     print()
     Console().print(table)
-    print(
-        f"next: .venv/bin/steadfast serve {model}      curves: .venv/bin/tensorboard --logdir {out / 'run/tensorboard'}"
-    )
+    print(f"next:    .venv/bin/steadfast serve {model}")
+    print(f"curves:  .venv/bin/tensorboard --logdir {out / 'run/tensorboard'}")
 
 
 def _command(*words: object) -> list[str]:

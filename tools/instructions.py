@@ -81,14 +81,14 @@ def sorting(random: Random, language: str) -> Question:
 
 
 def date(random: Random, language: str) -> Question:
-    """The date some days after another, within ten days of the same month."""
+    """The date some days after another, within ten days of the same month; the answer shows the sum it rests on."""
     month, later = random.randrange(12), random.randint(1, 8)
     day = 10 * random.randint(0, 2) + random.randint(1, 9 - later)
+    step = f"{day % 10}+{later}={day % 10 + later}"
     if language == "en":
-        return Question(
-            "date", f"Which date is {later} days after {day} {MONTHS[month]}?", f"{day + later} {MONTHS[month]}"
-        )
-    return Question("date", f"{month + 1}月{day}日之后{later}天是哪一天？", f"{month + 1}月{day + later}日")
+        prompt = f"Which date is {later} days after {day} {MONTHS[month]}?"
+        return Question("date", prompt, f"{step}: {day + later} {MONTHS[month]}")
+    return Question("date", f"{month + 1}月{day}日之后{later}天是哪一天？", f"{step}: {month + 1}月{day + later}日")
 
 
 def conversion(random: Random, language: str) -> Question:

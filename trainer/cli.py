@@ -42,7 +42,7 @@ def run_command(commands: Mapping[str, tuple[str, str]], load: Callable[[str], M
     module.configure(parser)
     parser.epilog = parser.epilog or "--traceback shows the full Python traceback of an error."
     try:
-        return int(module.run(_parse(parser, words[1:])))
+        return int(module.run(parse(parser, words[1:])))
     except SteadfastError as error:
         if with_traceback:
             traceback.print_exc()
@@ -81,7 +81,7 @@ def overview(commands: Mapping[str, tuple[str, str]]) -> str:
     )
 
 
-def _parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
+def parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
     """As parse_args, but `section.key=value` may also stand after options, where argparse no longer looks for them."""
     arguments, rest = parser.parse_known_args(words)
     overrides = getattr(arguments, "overrides", None)

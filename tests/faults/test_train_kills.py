@@ -1,4 +1,4 @@
-"""A real two-rank run is killed inside a save; what was committed is kept and the resumed run ends bit for bit equal."""
+"""A real two-rank run is killed inside a save; what was committed is kept and the resumed run ends bitwise equal."""
 
 import json
 import os

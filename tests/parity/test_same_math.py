@@ -46,7 +46,7 @@ def reference_run(store, values, initial_model):
     found = []
     for step in range(values["train"]["max_steps"]):
         rows = rows_at(np.arange(step * batch, (step + 1) * batch), plan.n_rows, values["run"]["seed"])
-        total, count = torch.zeros(()), 0
+        total, count = torch.zeros((), dtype=torch.float64), 0
         for row in rows:
             for sample in plan.samples_of(int(row)):
                 document, start, stop, first = (
@@ -57,7 +57,7 @@ def reference_run(store, values, initial_model):
                 piece = torch.from_numpy(np.asarray(ids[start:stop], np.int64))
                 logits = model(input_ids=piece[None], use_cache=False).logits[0]
                 index = torch.tensor([t - start for t in wanted])
-                total = total + functional.cross_entropy(logits[index - 1], piece[index], reduction="sum")
+                total = total + functional.cross_entropy(logits[index - 1], piece[index], reduction="sum").double()
                 count += len(wanted)
         loss = total / count
         loss.backward()

@@ -27,7 +27,7 @@ def failing(error):
     ("error", "code", "line"),
     [
         (DataError("a.jsonl:3: no messages", "mend the row"), 65, "error: a.jsonl:3: no messages; mend the row\n"),
-        (ConfigError(["c.yaml:1: bad", "c.yaml:2: worse"]), 2, "error: 2 configuration problems\n  c.yaml:1: bad\n  c.yaml:2: worse\n"),
+        (ConfigError(["c:1: a", "c:2: b"]), 2, "error: 2 configuration problems\n  c:1: a\n  c:2: b\n"),
         (ZeroDivisionError("x"), 70, "error: ZeroDivisionError: x (a bug of ours; --traceback shows where)\n"),
         (KeyboardInterrupt(), 130, "error: interrupted\n"),
     ],

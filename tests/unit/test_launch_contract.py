@@ -16,6 +16,7 @@ from launch.faults import name_of_fault
 from launch.processes import Ended, Output, plan_ranks
 from launch.supervise import Screen, blame, describe, exit_code
 from launch.train_command import guess_device
+from trainer.cli import parse
 from trainer.errors import CannotWriteError, ConfigError, DataError, PeerLostError, SteadfastError, UsageError
 from trainer.world import World
 
@@ -218,7 +219,7 @@ def test_the_device_is_guessed_without_torch(environ: dict[str, str], device: st
 def launch(*words: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     command.configure(parser)
-    return parser.parse_args(words)
+    return parse(parser, words)
 
 
 def test_a_dry_run_prints_the_plan(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     """Sum of -log softmax(hidden @ weight.T)[target] over positions; scalar fp32.
 
     `hidden` [positions, width], `weight` [vocabulary, width], both of the compute dtype; `targets` int64 [positions],
-    all valid ids. Softmax and sum are fp32. No positions give 0 with a gradient of zeros.
+    all valid ids. The softmax is fp32, the sum over positions float64. No positions give 0 with a gradient of zeros.
     """
     result: Tensor = _SummedCrossEntropy.apply(hidden, weight, targets)  # type: ignore[no-untyped-call]
     return result
@@ -32,7 +32,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         differentiate = any(ctx.needs_input_grad[:2])
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         hidden_gradient = torch.zeros_like(hidden) if differentiate else None
         # fp32 also for a bfloat16 head: thousands of chunks may be added up.
         weight_gradient = (
@@ -44,7 +44,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
             logits = functional.linear(hidden[piece], weight).float()
             wanted = targets[piece].unsqueeze(1)
             log_normaliser = torch.logsumexp(logits, dim=1, keepdim=True)
-            total += (log_normaliser - logits.gather(1, wanted)).sum()
+            total += (log_normaliser - logits.gather(1, wanted)).sum(dtype=torch.float64)
             if hidden_gradient is None or weight_gradient is None:
                 continue
             # d loss / d logit = softmax - one_hot(target)
@@ -55,7 +55,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
             weight_gradient += gradient.T @ hidden[piece]
         if hidden_gradient is not None and weight_gradient is not None:
             ctx.save_for_backward(hidden_gradient, weight_gradient.to(weight.dtype))
-        return total
+        return total.float()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:

@@ -22,6 +22,8 @@ class PlainProgress:
     def line(self, step: int, metrics: dict[str, float]) -> str:
         """The text of the line."""
         head = f"step {step:>{len(str(self._max_steps))}}/{self._max_steps}"
+        if "checkpoint/save_seconds" in metrics:
+            return f"{head}  checkpoint saved in {metrics['checkpoint/save_seconds']:.2f} s"
         if "train/loss" not in metrics:
             return f"{head}  " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         remaining = (time.monotonic() - self._started) / max(1, step - self._start_step) * (self._max_steps - step)
