@@ -9,11 +9,14 @@ cd "$(dirname "$0")/.."
 suitable='import sys, torch; sys.exit(tuple(map(int, torch.__version__.split("+")[0].split(".")[:2])) < (2, 10))'
 
 if [ ! -x .venv/bin/python ]; then
+    "$PYTHON" -m venv .venv
     if "$PYTHON" -c "$suitable" 2>/dev/null; then
-        echo "keeping the torch of $PYTHON: $("$PYTHON" -c 'import torch; print(torch.__version__)')"
-        "$PYTHON" -m venv --system-site-packages .venv
-    else
-        "$PYTHON" -m venv .venv
+        # A path file, not --system-site-packages: that one would miss the torch of an interpreter that is itself in a
+        # virtual environment.
+        packages=$("$PYTHON" -c 'import os, torch; print(os.path.dirname(os.path.dirname(torch.__file__)))')
+        here=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+        echo "$packages" >"$here/packages-of-the-parent.pth"
+        echo "keeping the torch in $packages"
     fi
 fi
 pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from trainer.config.deepspeed import accumulation_steps, compile_deepspeed
 from trainer.config.load import config_as_yaml
@@ -18,16 +15,14 @@ from trainer.config.schema import Config
 from trainer.data.feed import Feed, evaluation_batches
 from trainer.data.packing import RowPlan
 from trainer.data.store import TokenStore, open_store
-from trainer.durable import write_errors, write_file
+from trainer.durable import write_file
 from trainer.engine import device as devices
-from trainer.errors import DataError
 from trainer.loop import Loop, Observer, StopFlag, fit
 from trainer.plan import Plan, make_plan
+from trainer.prepare import model_directory, open_held_out, prepare_model, probe_prompts, run_identity
 from trainer.run_directory import RunDirectory
 from trainer.state import TrainState
 from trainer.world import World
-
-PROBE_PROMPTS, PROBE_LENGTH = 4, 64
 
 
 def train(config: Config, world: World, stop: StopFlag) -> None:
@@ -64,8 +59,9 @@ def train_joined(config: Config, world: World, stop: StopFlag, run: RunDirectory
     if world.is_first:
         write_file(run.config, config_as_yaml(config))
         write_file(run.plan, json.dumps(plan.as_json(), indent=1) + "\n")
-        prepare_model(config, store, run)
+        prepare_model(config, store, rows, run)
     collectives.barrier()
+    held_out = open_held_out(config, store, verify=world.is_first)
 
     engine = _build_engine(config, world, run, device, kind)
     feed = Feed(
@@ -100,7 +96,7 @@ def train_joined(config: Config, world: World, stop: StopFlag, run: RunDirectory
             max_skipped_steps=config.train.max_skipped_steps,
             evaluate_every=config.evaluate.every_steps,
             save_every=config.checkpoint.every_steps,
-            evaluate=_evaluation(config, engine, rows, world),
+            evaluate=_evaluation(config, engine, held_out, rows, world),
             save=checkpointer.save,
             observers=observed.observers,
             stop=stop,
@@ -108,62 +104,6 @@ def train_joined(config: Config, world: World, stop: StopFlag, run: RunDirectory
         state, stopped = fit(loop, state)
         observed.finish(state, stopped, stop.requested)
     engine.close()
-
-
-def prepare_model(config: Config, store: TokenStore, run: RunDirectory) -> None:
-    """Rank 0: make sure the model directory to load exists, and collect the files every checkpoint carries along.
-
-    These are config.json, generation_config.json and the tokenizer of the store, chat template included.
-    """
-    from trainer.data.tokenize import load_tokenizer
-    from trainer.model.load import check_inventory, write_initial_model
-
-    if config.model.config is not None and not run.initial_model.exists():
-        tokenizer = load_tokenizer(store.tokenizer_path)
-        special_ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        write_initial_model(config.model, store.vocabulary_size, special_ids, config.run.seed, run.initial_model)
-    source = model_directory(config, run)
-    check_inventory(source)
-    vocabulary = json.loads((source / "config.json").read_text()).get("vocab_size")
-    if isinstance(vocabulary, int) and vocabulary < store.vocabulary_size:
-        raise DataError(
-            f"{config.data.train} uses {store.vocabulary_size} token ids, the model {source} has {vocabulary}",
-            "build the store with the tokenizer of this model",
-        )
-    with write_errors(run.model_files):
-        run.model_files.mkdir(exist_ok=True)
-        settings = [source / name for name in ("config.json", "generation_config.json") if (source / name).is_file()]
-        for file in [*settings, *store.tokenizer_path.iterdir()]:
-            shutil.copyfile(file, run.model_files / file.name)
-
-
-def model_directory(config: Config, run: RunDirectory) -> Path:
-    """The transformers directory whose weights training starts from."""
-    return Path(config.model.path) if config.model.path else run.initial_model
-
-
-def run_identity(config: Config, store: TokenStore, rows: RowPlan, run: RunDirectory) -> dict[str, str]:
-    """What a resumed run must share with the run that saved: the model, the data, and the order and batch of data."""
-    from trainer.durable import sha256_of_file
-
-    return {
-        "model": sha256_of_file(run.model_files / "config.json")[:16],
-        "data": store.fingerprint[:16],
-        "sequence_length": str(rows.sequence_length),
-        "overlap": str(rows.overlap),
-        "packing": str(rows.packing),
-        "global_batch_size": str(config.train.global_batch_size),
-        "seed": str(config.run.seed),
-    }
-
-
-def probe_prompts(store: TokenStore) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Token ids [prompts, length] of the heads of the first documents that are long enough; shorter ones repeat."""
-    heads = [
-        np.asarray(store.document(index)[0][:PROBE_LENGTH], np.int64) for index in range(min(64, store.n_documents))
-    ]
-    longest = sorted(heads, key=len, reverse=True)[:PROBE_PROMPTS]
-    return np.stack([np.resize(head, PROBE_LENGTH) for head in longest])
 
 
 def _build_engine(config: Config, world: World, run: RunDirectory, device: Any, kind: devices.DeviceType) -> Any:
@@ -209,14 +149,12 @@ def _build_engine(config: Config, world: World, run: RunDirectory, device: Any, 
 
 
 def _evaluation(
-    config: Config, engine: Any, rows: RowPlan, world: World
+    config: Config, engine: Any, held_out: TokenStore | None, rows: RowPlan, world: World
 ) -> Callable[[TrainState], dict[str, float]] | None:
-    if config.data.eval is None:
+    if held_out is None:
         return None
     from trainer.evaluate.evaluator import evaluate_loss
 
-    path = Path(config.data.eval)
-    held_out = open_store(path, verify=world.is_first)
     held_out_rows = held_out.plan(rows.sequence_length, rows.overlap, config.data.packing)
 
     def evaluate(state: TrainState) -> dict[str, float]:
@@ -228,7 +166,7 @@ def _evaluation(
             world_size=world.world_size,
             max_rows=config.evaluate.max_rows,
         )
-        return {f"eval/{path.name}/{name}": value for name, value in evaluate_loss(engine, batches).items()}
+        return {f"eval/{held_out.path.name}/{name}": value for name, value in evaluate_loss(engine, batches).items()}
 
     return evaluate
 

@@ -78,6 +78,27 @@ def train(world: Any, kind: str, values: dict[str, Any], stop_after: int = 0) ->
     return None
 
 
+def train_poisoned(world: Any, kind: str, values: dict[str, Any], rank: int, steps: list[int]) -> str | None:
+    """Case: as `train`, but the loss of `rank` is NaN in the given steps (one micro-batch a step)."""
+    from trainer.engine.deepspeed_engine import DeepSpeedEngine
+
+    original, calls = DeepSpeedEngine.summed_loss, 0
+
+    def summed_loss(self: DeepSpeedEngine, batch: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return original(self, batch) * (float("nan") if world.rank == rank and calls in steps else 1.0)
+
+    DeepSpeedEngine.summed_loss = summed_loss  # type: ignore[method-assign]
+    try:
+        found = train(world, kind, values)
+        if found is None and world.rank == rank and calls < max(steps):
+            return "the fault never fired"
+        return found
+    finally:
+        DeepSpeedEngine.summed_loss = original  # type: ignore[method-assign]
+
+
 def losses(run: Path) -> list[float]:
     """The loss of every step, in order."""
     entries = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())

@@ -121,7 +121,7 @@ class Checkpointer:
             for kind, tensor in piece.tensors.items():
                 key = slice_key(kind, piece.start, piece.name)
                 shapes[key] = ("F32", (piece.count,))
-                arrays[key] = tensor.detach().cpu().contiguous().numpy
+                arrays[key] = partial(_to_host, tensor)
         fixed = {f"rng:{name}": array for name, array in generator_states(self.engine.kind).items()}
         if self.world.rank == 0:
             fixed |= {f"buffer:0:{name}": array for name, array in self._buffers().items()}
@@ -237,6 +237,11 @@ def _is_whole(path: Path) -> bool:
 def _persistent_buffers(model: Any) -> dict[str, torch.Tensor]:
     stored = model.state_dict(keep_vars=True)
     return {name: buffer for name, buffer in model.named_buffers() if name in stored}
+
+
+def _to_host(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+    # One slice at a time: a GPU's whole share of moments need not fit into host memory beside everything else.
+    return tensor.detach().cpu().contiguous().numpy()
 
 
 def _as_batch(ids: np.ndarray[Any, np.dtype[np.int64]]) -> MicroBatch:

@@ -54,9 +54,18 @@ def load_language_model(path: Path, *, dtype: str, attention: str, gradient_chec
     import torch
     from transformers import AutoModelForCausalLM
 
-    network = AutoModelForCausalLM.from_pretrained(
-        path, dtype=getattr(torch, dtype), attn_implementation=attention, local_files_only=True, use_safetensors=True
-    )
+    try:
+        network = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=getattr(torch, dtype),
+            attn_implementation=attention,
+            local_files_only=True,
+            use_safetensors=True,
+        )
+    except (ValueError, ImportError) as error:
+        # An attention that the architecture or this machine does not have; transformers' text goes on for paragraphs.
+        reason = str(error).split(". ", maxsplit=1)[0]
+        raise ConfigError([f"model.attention: {attention} cannot be used with {path}: {reason}"]) from error
     network.config.use_cache = False
     if gradient_checkpointing:
         network.gradient_checkpointing_enable({"use_reentrant": False})
