@@ -122,9 +122,7 @@ def write_weights(
             for name in shard:
                 writer.write(name, read(name))
                 weight_map[name] = file
-        if writer.digest is None or writer.digest.sha256 is None:
-            raise CannotWriteError(f"{directory / file} was not finished", "try again")
-        entries[file] = Entry(writer.digest.bytes, writer.digest.sha256)
+        entries[file] = Entry(writer.finished.bytes, str(writer.finished.sha256))
     if len(shards) > 1:
         index_file = directory / f"{stem}.safetensors.index.json"
         index_content = {"metadata": {"total_size": tensor_bytes(plan)}, "weight_map": weight_map}

@@ -32,5 +32,6 @@ grep -v '^torch==' constraints.txt >.venv/constraints.txt
 echo "installing deepspeed (against the installed torch), then the rest"
 # No operator is compiled now: CPU runs need none, GPU runs build theirs on first use.
 DS_BUILD_OPS=0 pip install --quiet --no-build-isolation -c .venv/constraints.txt deepspeed
-pip install --quiet -c .venv/constraints.txt --editable '.[dev]'
+# setuptools warns that folders beside an editable package may shadow it: here that is the purpose (pyproject.toml).
+PYTHONWARNINGS=ignore pip install --quiet -c .venv/constraints.txt --editable '.[dev]'
 echo "ready: .venv has $(.venv/bin/python -c 'import torch; print("torch", torch.__version__)')"

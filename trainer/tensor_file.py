@@ -59,8 +59,8 @@ class FileDigest:
 class TensorFileWriter:
     """Write the tensors of `shapes` {name: (safetensors dtype, shape)} in exactly that order.
 
-    Use as a context manager; `digest` is set when the block ends. Content is synced to disk, the name is not:
-    callers write into a directory that they rename.
+    Use as a context manager; `finished` tells size and hashes when the block has ended. Content is synced to disk, the
+    name is not: callers write into a directory that they rename.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class TensorFileWriter:
         with_sha256: bool = False,
     ) -> None:
         self.path = path
-        self.digest: FileDigest | None = None
+        self._digest: FileDigest | None = None
         self._expected = [(name, math.prod(shape) * DTYPE_BYTES[dtype]) for name, (dtype, shape) in shapes.items()]
         header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
         position = 0
@@ -115,10 +115,17 @@ class TensorFileWriter:
                     os.fsync(self._stream.fileno())
                     size = self._stream.tell()
                 strong = self._strong.hexdigest() if self._strong else None
-                self.digest = FileDigest(size, self._fast.hexdigest(), strong)
+                self._digest = FileDigest(size, self._fast.hexdigest(), strong)
         finally:
             with write_errors(self.path):
                 self._stream.close()
+
+    @property
+    def finished(self) -> FileDigest:
+        """Size and hashes of the whole file; only after the block ended without an error."""
+        if self._digest is None:
+            raise ValueError(f"{self.path} is not finished")
+        return self._digest
 
     def _put(self, data: bytes | memoryview) -> None:
         self._stream.write(data)

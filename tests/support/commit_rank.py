@@ -45,7 +45,7 @@ def main() -> None:
                 for key in keys:
                     file.write(key, np.full(share, step, np.float32))
                     on_phase("middle of the file", step)
-            return {name: {"bytes": file.digest.bytes, "xxh3_128": file.digest.xxh3_128}}
+            return {name: {"bytes": file.finished.bytes, "xxh3_128": file.finished.xxh3_128}}
 
         def describe(files: dict, step: int = step) -> Manifest:
             parameters = {"weight": {"shape": [ELEMENTS], "dtype": "float32"}}

@@ -24,7 +24,7 @@ def write(path, tensors=TENSORS, **options):
     with TensorFileWriter(path, shapes, **options) as file:
         for name, array in tensors.items():
             file.write(name, array)
-    return file.digest
+    return file.finished
 
 
 def test_the_library_reads_what_we_write(tmp_path):

@@ -132,8 +132,7 @@ class Checkpointer:
         with TensorFileWriter(place / name, shapes) as file:
             for key, read in arrays.items():
                 file.write(key, read())
-        if file.digest is not None:
-            files[name] = {"bytes": file.digest.bytes, "xxh3_128": file.digest.xxh3_128}
+        files[name] = {"bytes": file.finished.bytes, "xxh3_128": file.finished.xxh3_128}
         if self.world.rank == 0:
             body = {"progress": state.as_json(), "feed": self.feed.state_dict(), **self.engine.counters()}
             write_file(place / "state.json", json.dumps(body, indent=1) + "\n")

@@ -14,7 +14,7 @@ from trainer.data.packing import RowPlan, plan_rows
 from trainer.data.reader import SCHEMA_VERSION
 from trainer.data.shards import write_arrays
 from trainer.data.templates import Encoded
-from trainer.durable import write_errors, xxh3_of_file
+from trainer.durable import write_errors
 
 
 class ShardWriter:
@@ -62,9 +62,9 @@ class ShardWriter:
             "line": np.array(lines, dtype=np.uint32),
         }
         file = self._directory / "writing.safetensors"
-        write_arrays(file, arrays, {"schema": str(SCHEMA_VERSION)})
+        digest = write_arrays(file, arrays, {"schema": str(SCHEMA_VERSION)})
         with write_errors(file):
-            file.rename(self._directory / f"tok-{self._shards:05d}-{xxh3_of_file(file)}.safetensors")
+            file.rename(self._directory / f"tok-{self._shards:05d}-{digest.xxh3_128}.safetensors")
         self._shards += 1
         self._waiting.clear()
         self._tokens = 0
