@@ -99,6 +99,26 @@ def train_poisoned(world: Any, kind: str, values: dict[str, Any], rank: int, ste
         DeepSpeedEngine.summed_loss = original  # type: ignore[method-assign]
 
 
+def train_with_full_disk(world: Any, kind: str, values: dict[str, Any], rank: int) -> str | None:
+    """Case: as `train`, but writing slices fails on `rank` as on a full disk."""
+    import errno
+
+    from trainer.tensor_file import TensorFileWriter
+
+    original = TensorFileWriter._put
+
+    def put(self: TensorFileWriter, data: Any) -> None:
+        if world.rank == rank and "rank-" in self.path.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(self, data)
+
+    TensorFileWriter._put = put  # type: ignore[method-assign]
+    try:
+        return train(world, kind, values)
+    finally:
+        TensorFileWriter._put = original  # type: ignore[method-assign]
+
+
 def losses(run: Path) -> list[float]:
     """The loss of every step, in order."""
     entries = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
