@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from socket import gethostname
 from typing import Any
 
 from trainer.config.deepspeed import accumulation_steps, compile_deepspeed
@@ -17,9 +18,17 @@ from trainer.data.packing import RowPlan
 from trainer.data.store import TokenStore, open_store
 from trainer.durable import write_file
 from trainer.engine import device as devices
+from trainer.errors import ConfigError, DataError, SteadfastError, UsageError
 from trainer.loop import Loop, Observer, StopFlag, fit
 from trainer.plan import Plan, make_plan
-from trainer.prepare import model_directory, open_held_out, prepare_model, probe_prompts, run_identity
+from trainer.prepare import (
+    collect_model_files,
+    model_directory,
+    open_held_out,
+    prepare_model,
+    probe_prompts,
+    run_identity,
+)
 from trainer.run_directory import RunDirectory
 from trainer.state import TrainState
 from trainer.world import World
@@ -36,9 +45,6 @@ def train(config: Config, world: World, stop: StopFlag) -> None:
 
     run = RunDirectory(Path(config.run.dir))
     lock = run.lock() if world.is_first else None
-    if world.is_first:
-        # Only now, with the lock: before it the marker may be that of a run that is just ending.
-        run.stopped.unlink(missing_ok=True)
     collectives.join(world, devices.communication_backend(kind), config.engine.timeout_seconds)
     train_joined(config, world, stop, run, kind)
     collectives.leave()
@@ -47,21 +53,24 @@ def train(config: Config, world: World, stop: StopFlag) -> None:
 
 
 def train_joined(config: Config, world: World, stop: StopFlag, run: RunDirectory, kind: devices.DeviceType) -> None:
-    """The same, inside a process group that exists already and outlives the run."""
+    """The same, inside a process group that exists already and outlives the run; rank 0 holds the run's lock."""
     from trainer import collectives
     from trainer.checkpoint.resume import Checkpointer
     from trainer.model.self_check import check_model
 
     device = devices.torch_device(kind, world.local_rank)
-    store = open_store(Path(config.data.train), verify=world.is_first)
+    refuse_shared_devices(collectives.exchange({"host": gethostname(), "device": devices.device_name(device)}))
+    if world.is_first:
+        # Under the lock: before it these may be those of a run that is just ending.
+        run.stopped.unlink(missing_ok=True)
+        run.outcome.unlink(missing_ok=True)
+    store = open_store(Path(config.data.train), rank=world.rank, world_size=world.world_size)
+    held_out = open_held_out(config, store, rank=world.rank, world_size=world.world_size)
     rows = store.plan(config.data.sequence_length, config.data.overlap, config.data.packing)
     plan = make_plan(config, world_size=world.world_size, rows=rows.n_rows, sequence_length=rows.sequence_length)
     if world.is_first:
-        write_file(run.config, config_as_yaml(config))
-        write_file(run.plan, json.dumps(plan.as_json(), indent=1) + "\n")
         prepare_model(config, store, rows, run)
     collectives.barrier()
-    held_out = open_held_out(config, store, verify=world.is_first)
 
     engine = _build_engine(config, world, run, device, kind)
     feed = Feed(
@@ -73,7 +82,13 @@ def train_joined(config: Config, world: World, stop: StopFlag, run: RunDirectory
         rank=world.rank,
         world_size=world.world_size,
     )
-    check_model(engine, store.vocabulary_size, packing=config.data.packing, dtype=config.model.dtype)
+    check_model(
+        engine,
+        store.vocabulary_size,
+        micro_batch_size=config.train.micro_batch_size,
+        packing=config.data.packing,
+        dtype=config.model.dtype,
+    )
     checkpointer = Checkpointer(
         directory=run.checkpoints,
         engine=engine,
@@ -82,12 +97,17 @@ def train_joined(config: Config, world: World, stop: StopFlag, run: RunDirectory
         exchange=collectives.exchange,
         identity=run_identity(config, store, rows, run),
         model_files=run.model_files,
-        probe=probe_prompts(store),
+        probe=probe_prompts(store, rows.sequence_length),
         seed=config.run.seed,
         keep=config.checkpoint.keep,
     )
     restored = checkpointer.restore()
     state = restored or TrainState()
+    if world.is_first:
+        # Only now: a start that was refused leaves the record of the run as it was.
+        write_file(run.config, config_as_yaml(config))
+        write_file(run.plan, json.dumps(plan.as_json(), indent=1) + "\n")
+        collect_model_files(config, store, run)
     with _observers(config, run, plan, feed, state, world, kind, resumed=restored is not None) as observed:
         loop = Loop(
             engine=engine,
@@ -106,12 +126,23 @@ def train_joined(config: Config, world: World, stop: StopFlag, run: RunDirectory
     engine.close()
 
 
+def refuse_shared_devices(ranks: Sequence[dict[str, str]]) -> None:
+    """UsageError when two ranks (host and device each) hold the same GPU: NCCL would fail later, and less clearly."""
+    for rank, place in enumerate(ranks):
+        first = ranks.index(place)
+        if place["device"] and first != rank:
+            raise UsageError(
+                f"ranks {first} and {rank} share {place['device']} of {place['host']}", "start one rank a GPU"
+            )
+
+
 def _build_engine(config: Config, world: World, run: RunDirectory, device: Any, kind: devices.DeviceType) -> Any:
     import torch
 
+    from trainer import collectives
     from trainer.engine.deepspeed_engine import DeepSpeedEngine, ZeroThreeHook
     from trainer.model.load import load_language_model
-    from trainer.model.supervised import SupervisedLanguageModel
+    from trainer.model.supervised import SupervisedLanguageModel, unsupported_head
     from trainer.optim.schedules import share_of_peak
 
     deepspeed_config = compile_deepspeed(
@@ -119,7 +150,7 @@ def _build_engine(config: Config, world: World, run: RunDirectory, device: Any, 
         world_size=world.world_size,
         accumulation_steps=accumulation_steps(config, world.world_size),
         device=kind,
-        hidden_size=json.loads((run.model_files / "config.json").read_text()).get("hidden_size"),
+        hidden_size=json.loads((model_directory(config, run) / "config.json").read_text()).get("hidden_size"),
     )
     torch.manual_seed(config.run.seed + world.rank)
     hook = ZeroThreeHook(deepspeed_config)
@@ -132,8 +163,10 @@ def _build_engine(config: Config, world: World, run: RunDirectory, device: Any, 
         )
     finally:
         hook.release()
+    if (reason := unsupported_head(language_model)) is not None:
+        raise DataError(f"{model_directory(config, run)} cannot be trained: {reason}", "it is not supported yet")
     optimizer = config.optimizer
-    return DeepSpeedEngine(
+    engine = DeepSpeedEngine(
         SupervisedLanguageModel(language_model),
         deepspeed_config,
         optimizer_settings={
@@ -146,6 +179,15 @@ def _build_engine(config: Config, world: World, run: RunDirectory, device: Any, 
         device=device,
         kind=kind,
     )
+    collectives.bound_all_groups(config.engine.timeout_seconds)
+    try:
+        # What cannot be saved fails now, not at the first checkpoint hours later.
+        engine.owned_slices()
+    except (AttributeError, KeyError, RuntimeError, IndexError) as error:
+        raise ConfigError(
+            [f"engine.deepspeed: {config.engine.deepspeed} keeps optimizer state where checkpoints cannot read it"]
+        ) from error
+    return engine
 
 
 def _evaluation(
@@ -217,15 +259,7 @@ def _observers(
     _say_where_we_begin(config, plan, state, resumed)
 
     def finish(final: TrainState, stopped: bool, reason: str | None) -> None:
-        outcome = {
-            "status": "stopped" if stopped else "done",
-            "step": final.step,
-            "max_steps": plan.max_steps,
-            "loss_first": final.loss_first,
-            "loss_last": final.loss_last,
-            "tokens_seen": final.tokens_seen,
-            "skipped_steps": final.skipped_steps,
-        }
+        outcome = {"status": "stopped" if stopped else "done", "max_steps": plan.max_steps, **final.as_json()}
         events.record("stop" if stopped else "done", step=final.step)
         write_file(run.outcome, json.dumps(outcome, indent=1) + "\n")
         if stopped:
@@ -240,6 +274,12 @@ def _observers(
 
     try:
         yield _Observed(observers, finish)
+    except BaseException as error:
+        failed = {"status": "failed", "error": f"{type(error).__name__}: {error}"}
+        with suppress(SteadfastError):
+            events.record("fault", error=failed["error"])
+            write_file(run.outcome, json.dumps(failed, indent=1, ensure_ascii=False) + "\n")
+        raise
     finally:
         for observer in observers:
             observer.close()

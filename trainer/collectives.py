@@ -20,11 +20,20 @@ def join(world: World, backend: str, timeout_seconds: int) -> None:
     """Form the process group of `world`; waits at most `timeout_seconds` for the other ranks."""
     dist.init_process_group(
         backend,
-        init_method=f"tcp://{world.master_address}:{world.master_port}",
+        init_method=f"tcp://{_bracketed(world.master_address)}:{world.master_port}",
         rank=world.rank,
         world_size=world.world_size,
         timeout=timedelta(seconds=timeout_seconds),
     )
+
+
+def bound_all_groups(timeout_seconds: int) -> None:
+    """Give every process group of this process the timeout of `join`; no communication.
+
+    DeepSpeed makes groups of its own with torch's default of 30 minutes, and most of the traffic runs on them.
+    """
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_seconds), group)
 
 
 def leave() -> None:
@@ -56,3 +65,7 @@ def exchange(message: dict[str, Any]) -> list[dict[str, Any]]:
 def barrier() -> None:
     """Wait for all ranks."""
     add_up([0.0])
+
+
+def _bracketed(address: str) -> str:
+    return f"[{address}]" if ":" in address else address

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -9,30 +10,33 @@ from typing import Any
 
 import numpy as np
 
+from trainer.checkpoint.verify import committed_steps
 from trainer.config.schema import Config
 from trainer.data.packing import RowPlan
 from trainer.data.store import TokenStore, open_store
-from trainer.data.tokenize import load_tokenizer
-from trainer.durable import sha256_of_file, write_errors
+from trainer.data.tokenize import PROBE_TEXTS, load_tokenizer
+from trainer.durable import sha256_of_file, write_errors, write_file
 from trainer.errors import DataError
 from trainer.run_directory import RunDirectory
 
 PROBE_PROMPTS, PROBE_LENGTH = 4, 64
+RECIPE = "made-from.json"
+"""Inside an initial model: what it was made from."""
 
 
 def prepare_model(config: Config, store: TokenStore, rows: RowPlan, run: RunDirectory) -> None:
-    """Rank 0: make sure the model directory to load exists, and collect the files every checkpoint carries along.
+    """Rank 0: make sure that the model directory to load is there and fits the store.
 
-    These are config.json, generation_config.json and the tokenizer of the store, chat template included. Raises
-    DataError when model and store do not fit each other.
+    Raises DataError when it does not, ConfigError when model.config describes no model.
     """
     from trainer.model.load import check_inventory, write_initial_model
 
-    if config.model.config is not None and not run.initial_model.exists():
-        tokenizer = load_tokenizer(store.tokenizer_path)
-        special_ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        write_initial_model(config.model, store.vocabulary_size, special_ids, config.run.seed, run.initial_model)
     source = model_directory(config, run)
+    if config.model.config is not None and _is_outdated(config, store, run):
+        shutil.rmtree(source, ignore_errors=True)
+        recipe = initial_recipe(config, store)
+        write_initial_model(config.model, store.vocabulary_size, recipe["special_ids"], config.run.seed, source)
+        write_file(source / RECIPE, json.dumps(recipe, sort_keys=True) + "\n")
     check_inventory(source)
     settings = json.loads((source / "config.json").read_text())
     positions = settings.get("max_position_embeddings")
@@ -47,18 +51,31 @@ def prepare_model(config: Config, store: TokenStore, rows: RowPlan, run: RunDire
             f"{config.data.train} uses {store.vocabulary_size} token ids, the model {source} has {vocabulary}",
             "build the store with the tokenizer of this model",
         )
+    if config.model.path is not None and any(
+        (source / name).is_file() for name in ("tokenizer.json", "tokenizer.model")
+    ):
+        _same_ids(load_tokenizer(source), load_tokenizer(store.tokenizer_path), source, store)
+
+
+def collect_model_files(config: Config, store: TokenStore, run: RunDirectory) -> None:
+    """Rank 0: gather what every checkpoint carries along: the model's configuration and the store's tokenizer."""
+    source = model_directory(config, run)
+    names = ("config.json", "generation_config.json")
+    # A tokenizer's directory may hold the configuration of another model.
+    tokenizer = [file for file in store.tokenizer_path.iterdir() if file.name not in names]
+    described = [source / name for name in names if (source / name).is_file()]
     with write_errors(run.model_files):
-        run.model_files.mkdir(exist_ok=True)
-        described = [source / name for name in ("config.json", "generation_config.json") if (source / name).is_file()]
-        for file in [*described, *store.tokenizer_path.iterdir()]:
+        shutil.rmtree(run.model_files, ignore_errors=True)
+        run.model_files.mkdir()
+        for file in [*tokenizer, *described]:
             shutil.copyfile(file, run.model_files / file.name)
 
 
-def open_held_out(config: Config, store: TokenStore, *, verify: bool) -> TokenStore | None:
+def open_held_out(config: Config, store: TokenStore, *, rank: int, world_size: int) -> TokenStore | None:
     """The store of data.eval, if any; DataError when it was built with another tokenizer than the training store."""
     if config.data.eval is None:
         return None
-    held_out = open_store(Path(config.data.eval), verify=verify)
+    held_out = open_store(Path(config.data.eval), rank=rank, world_size=world_size)
     if held_out.manifest["tokenizer_fingerprint"] != store.manifest["tokenizer_fingerprint"]:
         raise DataError(
             f"{config.data.eval} and {config.data.train} were built with different tokenizers",
@@ -74,8 +91,13 @@ def model_directory(config: Config, run: RunDirectory) -> Path:
 
 def run_identity(config: Config, store: TokenStore, rows: RowPlan, run: RunDirectory) -> dict[str, str]:
     """What a resumed run must share with the run that saved: the model, the data, and the order and batch of data."""
+    if config.model.config is not None:
+        recipe = json.dumps(initial_recipe(config, store), sort_keys=True)
+        model = hashlib.sha256(recipe.encode()).hexdigest()
+    else:
+        model = sha256_of_file(model_directory(config, run) / "config.json")
     return {
-        "model": sha256_of_file(run.model_files / "config.json")[:16],
+        "model": model[:16],
         "data": store.fingerprint[:16],
         "sequence_length": str(rows.sequence_length),
         "overlap": str(rows.overlap),
@@ -85,10 +107,38 @@ def run_identity(config: Config, store: TokenStore, rows: RowPlan, run: RunDirec
     }
 
 
-def probe_prompts(store: TokenStore) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Token ids [prompts, length] of the heads of the first documents that are long enough; shorter ones repeat."""
-    heads = [
-        np.asarray(store.document(index)[0][:PROBE_LENGTH], np.int64) for index in range(min(64, store.n_documents))
-    ]
+def initial_recipe(config: Config, store: TokenStore) -> dict[str, Any]:
+    """All that the first weights of a model from scratch depend on."""
+    tokenizer = load_tokenizer(store.tokenizer_path)
+    return {
+        "config": config.model.config,
+        "vocabulary_size": store.vocabulary_size,
+        "special_ids": {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
+        "seed": config.run.seed,
+    }
+
+
+def probe_prompts(store: TokenStore, sequence_length: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Token ids [prompts, length]: heads of the longest of the first documents; short ones repeat to fill."""
+    length = min(PROBE_LENGTH, sequence_length)
+    heads = [np.asarray(store.document(index)[0][:length], np.int64) for index in range(min(64, store.n_documents))]
     longest = sorted(heads, key=len, reverse=True)[:PROBE_PROMPTS]
-    return np.stack([np.resize(head, PROBE_LENGTH) for head in longest])
+    return np.stack([np.resize(head, length) for head in longest])
+
+
+def _is_outdated(config: Config, store: TokenStore, run: RunDirectory) -> bool:
+    """Whether the initial model must be made (again). Once a checkpoint rests on it, it stays: resuming will refuse."""
+    recipe = run.initial_model / RECIPE
+    if not recipe.is_file():
+        return True
+    return json.loads(recipe.read_text()) != initial_recipe(config, store) and not committed_steps(run.checkpoints)
+
+
+def _same_ids(model: Any, used: Any, source: Path, store: TokenStore) -> None:
+    for text in PROBE_TEXTS:
+        ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for tokenizer in (model, used)]
+        if ids[0] != ids[1]:
+            raise DataError(
+                f"{store.path} was built with another tokenizer than that of the model {source}",
+                f"build the store with --tokenizer {source}",
+            )

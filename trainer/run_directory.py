@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -84,7 +85,11 @@ class RunDirectory:
             stream = (self.path / "lock").open("a+")
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        except OSError as error:
+            if not isinstance(error, BlockingIOError):
+                # Some cluster file systems know no locks; that must not forbid training there.
+                sys.stderr.write(f"warning: {self.path} cannot be locked ({error.strerror}): start a run only once\n")
+                return stream
             stream.seek(0)
             holder = stream.read().strip() or "another process"
             stream.close()

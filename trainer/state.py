@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -56,5 +57,15 @@ class TrainState:
         )
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values for state.json."""
-        return asdict(self)
+        """Plain values for state.json; a loss that is not finite becomes None, which JSON knows."""
+        plain: dict[str, Any] = finite(asdict(self))
+        return plain
+
+
+def finite(value: Any) -> Any:
+    """`value` with every number that JSON does not know (NaN, infinity) replaced by None, at any depth."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

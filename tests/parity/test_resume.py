@@ -108,3 +108,23 @@ def test_a_finished_run_does_nothing(tmp_path, two_ranks, store):
     before = digest(run), (run / "metrics.jsonl").read_text()
     run_straight(two_ranks, run, store, train__max_steps=2)
     assert (digest(run), (run / "metrics.jsonl").read_text()) == before
+
+
+def test_a_changed_model_is_made_anew_before_and_refused_after_the_first_checkpoint(tmp_path, two_ranks, store):
+    run = tmp_path / "run"
+    wider = settings(run, store.path)["model"]["config"] | {"intermediate_size": 96}
+    poisoned = "tests.support.training:train_poisoned"
+    values = settings(run, store.path, train__max_skipped_steps=1)
+    assert all(error.startswith("78") for error in two_ranks.run(poisoned, values=values, rank=0, steps=[1]))
+    assert json.loads((run / "outcome.json").read_text())["status"] == "failed"
+    assert "fault" in (run / "events.jsonl").read_text()
+    run_straight(two_ranks, run, store, model__config=wider, train__max_steps=2)
+    assert json.loads((run / "model/config.json").read_text())["intermediate_size"] == 96
+    before = (run / "config.yaml").read_text()
+    found = two_ranks.run(TRAIN, values=settings(run, store.path, train__max_steps=4))
+    assert all(error.startswith("76: ") and "(model: " in error for error in found)
+    assert (run / "config.yaml").read_text() == before
+
+
+def test_the_timeout_holds_for_the_groups_of_deepspeed_too(two_ranks):
+    assert two_ranks.run("tests.support.training:group_timeouts", seconds=7) == [[7.0], [7.0]]

@@ -119,6 +119,28 @@ def train_with_full_disk(world: Any, kind: str, values: dict[str, Any], rank: in
         TensorFileWriter._put = original  # type: ignore[method-assign]
 
 
+def group_timeouts(world: Any, kind: str, seconds: int) -> list[float]:
+    """Case: the timeouts of all process groups, DeepSpeed's own included, after they were bounded."""
+    import deepspeed
+    from torch.distributed import distributed_c10d
+
+    from trainer import collectives
+
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    distributed_c10d.new_group(list(range(world.world_size)))
+    collectives.bound_all_groups(seconds)
+    groups = list(distributed_c10d._world.pg_map)
+    found = {group._get_backend(_cpu()).options._timeout.total_seconds() for group in groups}
+    collectives.bound_all_groups(60)
+    return sorted(found)
+
+
+def _cpu() -> Any:
+    import torch
+
+    return torch.device("cpu")
+
+
 def losses(run: Path) -> list[float]:
     """The loss of every step, in order."""
     entries = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())

@@ -73,12 +73,11 @@ def retain(checkpoints: Path, keep: int, newest: int) -> None:
         _discard(step_directory(checkpoints, step))
 
 
-def sweep(checkpoints: Path) -> list[str]:
-    """Remove what killed attempts and removals left behind; returns the names."""
-    leftovers = [path for pattern in (".tmp-*", ".del-*") for path in checkpoints.glob(pattern)]
-    for path in leftovers:
-        shutil.rmtree(path, ignore_errors=True)
-    return [path.name for path in leftovers]
+def sweep(checkpoints: Path) -> None:
+    """Remove what killed attempts and removals left behind."""
+    for pattern in (".tmp-*", ".del-*"):
+        for path in checkpoints.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _together(writer: Writer, work: Callable[[], dict[str, Any]], attempt: Path) -> list[dict[str, Any]]:
@@ -134,5 +133,7 @@ def _rename(attempt: Path, target: Path, manifest: Manifest, writer: Writer) -> 
 
 def _discard(path: Path) -> None:
     doomed = path.with_name(f".del-{path.name}")
-    path.rename(doomed)
+    with suppress(OSError):
+        # Removing an old checkpoint is housekeeping: it cannot fail a save that is committed.
+        path.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from trainer.checkpoint.commit import Exchange, Writer, commit_checkpoint, describe_file
-from trainer.checkpoint.slices import SliceReader, overlapping_files, rank_file, slice_key
+from trainer.checkpoint.slices import SliceReader, files_to_hash, rank_file, slice_key
 from trainer.checkpoint.verify import (
     Manifest,
     committed_steps,
@@ -26,14 +26,14 @@ from trainer.checkpoint.verify import (
     verify_files,
 )
 from trainer.cli import VERSION
-from trainer.data.feed import Feed, MicroBatch
+from trainer.data.feed import IGNORED, Feed, MicroBatch
 from trainer.durable import sync_file, write_file
-from trainer.engine.deepspeed_engine import DeepSpeedEngine
 from trainer.engine.device import generator_states, set_generator_states
 from trainer.engine.partitions import true_shape
+from trainer.engine.protocol import SavableEngine
 from trainer.errors import CheckpointError, ResumeRefusedError
 from trainer.model.load import tied_names
-from trainer.state import TrainState
+from trainer.state import TrainState, finite
 from trainer.tensor_file import DTYPE_NAMES, TensorFileWriter
 from trainer.world import World
 
@@ -46,7 +46,7 @@ class Checkpointer:
     """Everything a checkpoint is made of. Every rank has one; `save` and `restore` are collective."""
 
     directory: Path
-    engine: DeepSpeedEngine
+    engine: SavableEngine
     feed: Feed
     world: World
     exchange: Exchange
@@ -66,7 +66,7 @@ class Checkpointer:
         Raises CannotWriteError on every rank when any rank could not write; earlier checkpoints stay as they are.
         """
         target = step_directory(self.directory, state.step)
-        if self.exchange({"there": target.exists() and _is_whole(target)})[0]["there"]:
+        if self.exchange({"there": target.exists()})[0]["there"] and self._problem_on_any_rank(target) is None:
             return str(target)
         logits = self.engine.logits(_as_batch(self.probe), PROBE_POSITIONS).numpy()
         writer = Writer(
@@ -89,8 +89,7 @@ class Checkpointer:
         failures: list[str] = []
         for step in steps:
             path = step_directory(self.directory, step)
-            reports = self.exchange({"problem": self._problem_with(path)})
-            problem = next((report["problem"] for report in reports if report["problem"]), None)
+            problem = self._problem_on_any_rank(path)
             if problem is None:
                 if failures and self.world.rank == 0:
                     lost = steps[0] - step
@@ -104,10 +103,15 @@ class Checkpointer:
             )
         return None
 
+    def _problem_on_any_rank(self, path: Path) -> str | None:
+        """What is wrong with a checkpoint, or None; collective: every file is hashed by one rank."""
+        reports = self.exchange({"problem": self._problem_with(path)})
+        return next((report["problem"] for report in reports if report["problem"]), None)
+
     def _problem_with(self, path: Path) -> str | None:
         try:
             manifest = read_manifest(path)
-            verify_files(path, manifest, overlapping_files(manifest.files, self.world.rank, self.world.world_size))
+            verify_files(path, manifest, files_to_hash(manifest.files, self.world.rank, self.world.world_size))
         except CheckpointError as error:
             return error.fact
         return None
@@ -171,7 +175,7 @@ class Checkpointer:
                 "saved": datetime.now(UTC).isoformat(timespec="seconds"),
                 "tokens_seen": state.tokens_seen,
                 "supervised_tokens_seen": state.supervised_tokens_seen,
-                "loss": state.loss_last,
+                "loss": finite(state.loss_last),
             },
         )
 
@@ -189,7 +193,7 @@ class Checkpointer:
             body = json.loads((path / "state.json").read_text())
             state = replace(TrainState(), **body["progress"])
             self.feed.load_state_dict(body["feed"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OSError) as error:
             raise damaged(path, "state.json is not what this version writes") from error
         parameters = {name: true_shape(tensor) for name, tensor in self.engine.language_model.named_parameters()}
         if parameters != reader.parameters:
@@ -225,14 +229,6 @@ def refuse_other_identity(path: Path, saved: dict[str, str], present: dict[str, 
         )
 
 
-def _is_whole(path: Path) -> bool:
-    try:
-        verify_files(path, read_manifest(path))
-    except CheckpointError:
-        return False
-    return True
-
-
 def _persistent_buffers(model: Any) -> dict[str, torch.Tensor]:
     stored = model.state_dict(keep_vars=True)
     return {name: buffer for name, buffer in model.named_buffers() if name in stored}
@@ -245,4 +241,4 @@ def _to_host(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
 
 def _as_batch(ids: np.ndarray[Any, np.dtype[np.int64]]) -> MicroBatch:
     positions = np.broadcast_to(np.arange(ids.shape[1]), ids.shape).copy()
-    return MicroBatch(ids, np.full_like(ids, -100), positions)
+    return MicroBatch(ids, np.full_like(ids, IGNORED), positions)

@@ -104,6 +104,6 @@ class SliceReader:
             raise damaged(self.path, f"the {kind} slices of {parameter} end at {position}")
 
 
-def overlapping_files(manifest_files: dict[str, Any], rank: int, world_size: int) -> Iterator[str]:
+def files_to_hash(manifest_files: dict[str, Any], rank: int, world_size: int) -> Iterator[str]:
     """The share of a checkpoint's files that `rank` hashes at load: each file is read by exactly one rank."""
     return (name for index, name in enumerate(sorted(manifest_files)) if index % world_size == rank)

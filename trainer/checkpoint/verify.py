@@ -77,6 +77,8 @@ def read_manifest(path: Path) -> Manifest:
         manifest = Manifest(**body)
     except FileNotFoundError as error:
         raise damaged(path, f"{MANIFEST_NAME} is missing") from error
+    except OSError as error:
+        raise damaged(path, f"{MANIFEST_NAME} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise damaged(path, f"{MANIFEST_NAME} is not readable") from error
     for name in manifest.files:
@@ -97,7 +99,12 @@ def verify_files(path: Path, manifest: Manifest, names: Iterable[str] | None = N
             raise damaged(path, f"{name} is missing")
         if (size := file.stat().st_size) != expected["bytes"]:
             raise damaged(path, f"{name} has {size} bytes, committed were {expected['bytes']}")
-        if xxh3_of_file(file) != expected["xxh3_128"]:
+        try:
+            digest = xxh3_of_file(file)
+        except OSError as error:
+            # A bad sector is damage like any other: an earlier checkpoint may be whole.
+            raise damaged(path, f"{name} cannot be read: {error.strerror}") from error
+        if digest != expected["xxh3_128"]:
             raise damaged(path, f"{name} does not match its hash")
 
 

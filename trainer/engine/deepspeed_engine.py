@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trainer.config.deepspeed import offloads_optimizer, zero_stage
 from trainer.data.feed import MicroBatch
 from trainer.engine import partitions
 from trainer.engine.device import DeviceType, adamw
@@ -33,7 +34,7 @@ class ZeroThreeHook:
 
     def is_zero3(self) -> bool:
         """Whether models are to be built sharded; the name is transformers' contract."""
-        return bool(self.config["zero_optimization"]["stage"] == 3)
+        return zero_stage(self.config) == 3
 
     def release(self) -> None:
         """Models built from now on are whole again."""
@@ -61,8 +62,7 @@ class DeepSpeedEngine:
     ) -> None:
         import deepspeed
 
-        zero = deepspeed_config["zero_optimization"]
-        offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+        offloaded = offloads_optimizer(deepspeed_config)
         # Built per engine: ZeRO takes the groups apart.
         optimizer = adamw(decay_groups(model, weight_decay), optimizer_settings, kind, offloaded)
         self.device = device

@@ -12,18 +12,22 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from trainer.errors import UsageError
+
 DeviceType = Literal["cpu", "cuda"]
 
 
 def prepare() -> DeviceType:
     """Choose the device of this process and set DeepSpeed up for it; returns "cuda" when torch sees a GPU.
 
-    On a CPU nothing is compiled: the shared-memory operator that DeepSpeed would build at start-up is only used for
-    inference and is declared absent. Every rank calls this first.
+    DS_ACCELERATOR=cpu in the environment keeps a machine with GPUs on its CPU. On a CPU nothing is compiled: the
+    shared-memory operator that DeepSpeed would build at start-up is only used for inference and is declared absent.
+    Every rank calls this first.
     """
     import torch
 
-    kind: DeviceType = "cuda" if torch.cuda.is_available() else "cpu"
+    forced_to_cpu = os.environ.get("DS_ACCELERATOR") == "cpu"
+    kind: DeviceType = "cuda" if torch.cuda.is_available() and not forced_to_cpu else "cpu"
     os.environ["DS_ACCELERATOR"] = kind
     if kind == "cpu":
         os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
@@ -57,14 +61,32 @@ def communication_backend(kind: DeviceType) -> str:
 
 
 def torch_device(kind: DeviceType, local_rank: int) -> Any:
-    """The torch device of this rank. A rank that sees one GPU only uses that one, whatever its local rank."""
+    """The torch device of this rank. A rank that sees one GPU only uses that one, whatever its local rank.
+
+    Raises UsageError when there are fewer GPUs than local ranks.
+    """
     import torch
 
     if kind == "cpu":
         return torch.device("cpu")
-    index = local_rank if torch.cuda.device_count() > 1 else 0
-    torch.cuda.set_device(index)
-    return torch.device("cuda", index)
+    visible = torch.cuda.device_count()
+    if visible == 1:
+        # DeepSpeed takes its device index from the environment by itself.
+        os.environ["LOCAL_RANK"] = "0"
+        local_rank = 0
+    if local_rank >= visible:
+        raise UsageError(f"local rank {local_rank} has no GPU: this host shows {visible}", "start one rank a GPU")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def device_name(device: Any) -> str:
+    """A name that two ranks share only when they share the device; empty for a CPU, which ranks may share."""
+    import torch
+
+    if device.type == "cpu":
+        return ""
+    return f"GPU {torch.cuda.get_device_properties(device).uuid}"
 
 
 def adamw(groups: Sequence[dict[str, Any]], settings: dict[str, Any], kind: DeviceType, offloaded: bool) -> Any:

@@ -1,12 +1,14 @@
-"""What the loop needs of an engine."""
+"""What the loop and the checkpoints need of an engine."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from trainer.data.feed import MicroBatch
+from trainer.engine.device import DeviceType
+from trainer.engine.partitions import OwnedSlice
 
 
 class Engine(Protocol):
@@ -30,3 +32,22 @@ class Engine(Protocol):
 
     def logits(self, batch: MicroBatch, keep: int) -> Tensor:
         """Logits of the last `keep` positions [rows, keep, vocabulary], fp32 on the CPU, in evaluation mode."""
+
+
+class SavableEngine(Engine, Protocol):
+    """An engine whose state can be taken apart and put together again."""
+
+    kind: DeviceType
+
+    @property
+    def language_model(self) -> Any:
+        """The transformers model, with its own parameter names (sharded under ZeRO-3)."""
+
+    def owned_slices(self) -> list[OwnedSlice]:
+        """Live views of this rank's master weights and moments; not collective."""
+
+    def counters(self) -> dict[str, Any]:
+        """Step counts of optimizer and schedule: plain values."""
+
+    def resume(self, counters: dict[str, Any]) -> None:
+        """After the tensors of `owned_slices` were overwritten: set the counters, publish the weights."""

@@ -8,9 +8,8 @@ from collections.abc import Iterable
 import numpy as np
 
 from trainer import collectives
-from trainer.data.feed import MicroBatch
+from trainer.data.feed import IGNORED, MicroBatch
 from trainer.engine.protocol import Engine
-from trainer.model.supervised import NOT_SUPERVISED
 
 
 def evaluate_loss(engine: Engine, batches: Iterable[MicroBatch]) -> dict[str, float]:
@@ -21,7 +20,7 @@ def evaluate_loss(engine: Engine, batches: Iterable[MicroBatch]) -> dict[str, fl
     summed, supervised = 0.0, 0
     for batch in batches:
         summed += engine.evaluate_loss(batch)
-        supervised += int(np.count_nonzero(batch.targets != NOT_SUPERVISED))
+        supervised += int(np.count_nonzero(batch.targets != IGNORED))
     total, count = collectives.add_up([summed, float(supervised)])
     loss = total / count
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}

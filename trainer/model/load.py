@@ -6,7 +6,9 @@ weights are the same for every number of ranks and every ZeRO stage, and they ca
 
 from __future__ import annotations
 
+import difflib
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,13 +17,17 @@ from trainer.config.schema import Model
 from trainer.errors import ConfigError, DataError, MissingInputError
 from trainer.tensor_file import TensorFile
 
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+ALWAYS_KNOWN = {"rope_theta", "rope_scaling", "model_type"}
+
 
 def write_initial_model(
     model: Model, vocabulary_size: int, special_ids: dict[str, int | None], seed: int, out: Path
 ) -> None:
     """Create a model from `model.config` with random fp32 weights of `seed` and save it at `out`. One rank calls it.
 
-    `special_ids` has bos_token_id, eos_token_id and pad_token_id of the tokenizer.
+    `special_ids` has bos_token_id, eos_token_id and pad_token_id of the tokenizer. Raises ConfigError when model.config
+    has a key its architecture does not know, or describes no model.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -32,14 +38,19 @@ def write_initial_model(
         raise ConfigError(
             [f"model.config.vocab_size {settings['vocab_size']} is below the tokenizer's {vocabulary_size}; remove it"]
         )
-    settings = {"vocab_size": vocabulary_size, **special_ids, **settings}
     try:
-        config = AutoConfig.for_model(model_type, **settings)
+        known = AutoConfig.for_model(model_type)
+        unknown = set(settings) - set(known.to_dict()) - set(known.attribute_map) - ALWAYS_KNOWN
+        if unknown:
+            raise ConfigError([_unknown_key(key, model_type, known.to_dict()) for key in sorted(unknown)])
+        config = AutoConfig.for_model(model_type, **{"vocab_size": vocabulary_size, **special_ids, **settings})
         torch.manual_seed(seed)
         network = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConfigError([f"model.config does not describe a model: {reason}"]) from error
+    except ConfigError:
+        raise
+    except Exception as error:
+        # Anything at all: the constructors of some hundred architectures say "no" each in its own way.
+        raise ConfigError([f"model.config describes no {model_type} model: {_first_sentence(error)}"]) from error
     temporary = out.with_name(f".tmp-{out.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     network.save_pretrained(temporary)
@@ -49,7 +60,8 @@ def write_initial_model(
 def load_language_model(path: Path, *, dtype: str, attention: str, gradient_checkpointing: bool) -> Any:
     """The causal model at `path`, ready to train (sharded while a ZeroThreeHook is held). All ranks call it together.
 
-    `check_inventory` comes first: transformers fills missing weights with random numbers and goes on.
+    `check_inventory` comes first: transformers fills missing weights with random numbers and goes on. Raises
+    ConfigError when the architecture or this machine does not have the attention.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -63,9 +75,11 @@ def load_language_model(path: Path, *, dtype: str, attention: str, gradient_chec
             use_safetensors=True,
         )
     except (ValueError, ImportError) as error:
-        # An attention that the architecture or this machine does not have; transformers' text goes on for paragraphs.
-        reason = str(error).split(". ", maxsplit=1)[0]
-        raise ConfigError([f"model.attention: {attention} cannot be used with {path}: {reason}"]) from error
+        if attention not in str(error) and "attention" not in str(error):
+            raise
+        raise ConfigError(
+            [f"model.attention: {attention} cannot be used with {path}: {_first_sentence(error)}"]
+        ) from error
     network.config.use_cache = False
     if gradient_checkpointing:
         network.gradient_checkpointing_enable({"use_reentrant": False})
@@ -73,42 +87,69 @@ def load_language_model(path: Path, *, dtype: str, attention: str, gradient_chec
 
 
 def check_inventory(path: Path) -> None:
-    """Refuse a directory whose stored tensors are not those of the model that config.json describes.
+    """Refuse a directory whose stored tensors are not, in name and shape, those of the model config.json describes.
 
-    Not while a ZeroThreeHook is held: the comparison builds the model on the meta device.
+    Every file is opened and its header checked, so an incomplete download is found here. Not while a ZeroThreeHook is
+    held: the comparison builds the model on the meta device. Raises DataError or MissingInputError.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if not (path / "config.json").is_file():
         raise MissingInputError(f"{path} has no config.json", "model.path must be a local transformers directory")
-    with torch.device("meta"):
-        expected = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path, local_files_only=True))
-    names = dict(expected.state_dict(keep_vars=True))
-    first_name: dict[int, str] = {}
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        with torch.device("meta"):
+            expected = AutoModelForCausalLM.from_config(config)
+    except Exception as error:
+        raise DataError(
+            f"{path}/config.json describes no causal language model: {_first_sentence(error)}",
+            "give a directory written by save_pretrained",
+        ) from error
+    if any((getattr(config, name, None) or 0) > 1 for name in EXPERTS):
+        raise DataError(f"{path} is a mixture of experts ({config.model_type})", "only dense models can be trained yet")
+    names: dict[str, Any] = dict(expected.state_dict(keep_vars=True))
+    stored = stored_shapes(path)
+    ignored = getattr(expected, "_keys_to_ignore_on_load_unexpected", None) or []
+    aliases: dict[int, list[str]] = {}
     for name, tensor in names.items():
-        first_name.setdefault(id(tensor), name)
-    required = set(first_name.values())
-    stored = stored_names(path)
-    missing = {name for name in required if name not in stored and not _alias_is_stored(name, names, stored)}
-    unexpected = stored - set(names)
-    for side, kind, wrong in (("file", "lacks", missing), ("model", "has no place for", unexpected)):
+        aliases.setdefault(id(tensor), []).append(name)
+    missing = [group[0] for group in aliases.values() if not any(name in stored for name in group)]
+    foreign = [name for name in stored if name not in names and not any(re.search(key, name) for key in ignored)]
+    misshapen = [name for name in stored if name in names and stored[name] != tuple(names[name].shape)]
+    for wrong, what in ((missing, "lacks"), (foreign, "has a tensor the model has no place for:")):
         if wrong:
             raise DataError(
-                f"{path}: {len(wrong)} tensors do not fit: the {side} {kind} {min(wrong)}",
+                f"{path} {what} {min(wrong)}" + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""),
                 "give a directory written by save_pretrained of a causal language model",
             )
+    if misshapen:
+        name = min(misshapen)
+        raise DataError(
+            f"{path}: {name} has shape {list(stored[name])}, config.json asks for {list(names[name].shape)}",
+            "weights and config.json belong to different models",
+        )
 
 
-def stored_names(path: Path) -> set[str]:
-    """Names of all tensors in the directory's safetensors files."""
+def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Name to shape of all tensors in the directory's safetensors files, read from their headers."""
     index = path / "model.safetensors.index.json"
-    if index.is_file():
-        return set(json.loads(index.read_text())["weight_map"])
     single = path / "model.safetensors"
-    if not single.is_file():
+    if index.is_file():
+        try:
+            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise DataError(f"{index} is not readable", "download the model again") from error
+    elif single.is_file():
+        files = [single.name]
+    else:
         raise MissingInputError(f"{path} has no safetensors weights", "convert the model to safetensors first")
-    return set(TensorFile(single).entries)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        if not (path / file).is_file():
+            raise MissingInputError(f"{path} lacks {file}", "the download is incomplete: fetch it again")
+        shapes |= {name: entry.shape for name, entry in TensorFile(path / file).entries.items()}
+    return shapes
 
 
 def tied_names(network: Any) -> dict[str, str]:
@@ -122,5 +163,12 @@ def tied_names(network: Any) -> dict[str, str]:
     return aliases
 
 
-def _alias_is_stored(name: str, names: dict[str, Any], stored: set[str]) -> bool:
-    return any(alias in stored for alias, tensor in names.items() if tensor is names[name])
+def _unknown_key(key: str, model_type: str, known: dict[str, Any]) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    hint = f"; did you mean '{close[0]}'?" if close else ""
+    return f"model.config.{key} is not a setting of {model_type}{hint}"
+
+
+def _first_sentence(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[0].split(". ", maxsplit=1)[0]

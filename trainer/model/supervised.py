@@ -6,9 +6,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from trainer.data.feed import IGNORED
 from trainer.objective.cross_entropy import summed_cross_entropy
 
-NOT_SUPERVISED = -100
+BENT_LOGITS = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0}
+"""Settings of architectures that do more to logits than the head's product; None or 1 means they do not."""
 
 
 class SupervisedLanguageModel(nn.Module):
@@ -28,7 +30,7 @@ class SupervisedLanguageModel(nn.Module):
         """Summed loss (scalar fp32) for `targets` [rows, length]; without targets the logits.
 
         All tensors int64 [rows, length]; `targets[r, t]` is the id that position t must predict, -100 where nothing is
-        asked. Logits are [rows, length or logits_to_keep, vocabulary].
+        asked. Logits are [rows, length, vocabulary], or those of the last `logits_to_keep` positions when it is not 0.
         """
         if targets is None:
             output = self.language_model(
@@ -38,6 +40,20 @@ class SupervisedLanguageModel(nn.Module):
             return logits
         body = self.language_model.base_model
         hidden = body(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
-        supervised = targets != NOT_SUPERVISED
+        supervised = targets != IGNORED
         head = self.language_model.get_output_embeddings()
         return summed_cross_entropy(hidden[supervised], head.weight, targets[supervised])
+
+
+def unsupported_head(language_model: Any) -> str | None:
+    """Why the loss of `SupervisedLanguageModel` would not be the model's own, or None.
+
+    Found by name because fresh weights hide it: logits near zero pass through a soft cap unchanged.
+    """
+    if getattr(language_model.get_output_embeddings(), "bias", None) is not None:
+        return "its head has a bias"
+    for name, neutral in BENT_LOGITS.items():
+        value = getattr(language_model.config, name, None)
+        if value is not None and value != neutral:
+            return f"its logits are bent ({name} = {value})"
+    return None

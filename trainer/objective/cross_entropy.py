@@ -16,6 +16,8 @@ from torch.nn import functional
 
 CHUNK_ELEMENTS = 1 << 24
 """Logits held at once; 64 MiB in fp32."""
+LEAST_ROWS_ON_A_GPU = 1024
+"""Smaller products leave a GPU idle, and each chunk adds a gradient of the head's full size."""
 
 
 def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -24,21 +26,22 @@ def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     `hidden` [positions, width], `weight` [vocabulary, width], both of the compute dtype; `targets` int64 [positions],
     all valid ids. The softmax is fp32, the sum over positions float64. No positions give 0 with a gradient of zeros.
     """
-    result: Tensor = _SummedCrossEntropy.apply(hidden, weight, targets)  # type: ignore[no-untyped-call]
+    # Asked here, because inside an autograd function gradients look wanted even under no_grad.
+    differentiate = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    result: Tensor = _SummedCrossEntropy.apply(hidden, weight, targets, differentiate)  # type: ignore[no-untyped-call]
     return result
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        differentiate = any(ctx.needs_input_grad[:2])
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, differentiate: bool) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         hidden_gradient = torch.zeros_like(hidden) if differentiate else None
         # fp32 also for a bfloat16 head: thousands of chunks may be added up.
         weight_gradient = (
             torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if differentiate else None
         )
-        rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
+        rows = max(LEAST_ROWS_ON_A_GPU if hidden.is_cuda else 1, CHUNK_ELEMENTS // weight.shape[0])
         for start in range(0, hidden.shape[0], rows):
             piece = slice(start, start + rows)
             logits = functional.linear(hidden[piece], weight).float()
@@ -58,11 +61,8 @@ class _SummedCrossEntropy(torch.autograd.Function):
         return total.float()
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
         hidden_gradient, weight_gradient = ctx.saved_tensors
         scale = gradients[0]
-        return (
-            hidden_gradient * scale.to(hidden_gradient.dtype),
-            weight_gradient * scale.to(weight_gradient.dtype),
-            None,
-        )
+        hidden_gradient = hidden_gradient * scale.to(hidden_gradient.dtype)
+        return hidden_gradient, weight_gradient * scale.to(weight_gradient.dtype), None, None

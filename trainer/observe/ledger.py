@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from trainer.durable import write_errors, write_file
+from trainer.durable import write_errors
+from trainer.state import finite
 
 
 class JsonLines:
@@ -25,10 +26,15 @@ class JsonLines:
     def append(self, entry: dict[str, Any]) -> None:
         """Write one entry; numbers that JSON does not know (NaN, infinity) become null."""
         with write_errors(self.path):
-            self._stream.write(json.dumps(_finite(entry), ensure_ascii=False) + "\n")
+            self._stream.write(json.dumps(finite(entry), ensure_ascii=False) + "\n")
             self._stream.flush()
             if self._durable:
                 os.fsync(self._stream.fileno())
+
+    def sync(self) -> None:
+        """Force what was written to disk."""
+        with write_errors(self.path):
+            os.fsync(self._stream.fileno())
 
     def close(self) -> None:
         """Close the file."""
@@ -38,26 +44,35 @@ class JsonLines:
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """Entries of a ledger; a last line torn by a crash is left out."""
     if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(entry, dict):
-                yield entry
+        with path.open("rb") as stream:
+            for line in stream:
+                entry = _parsed(line)
+                if entry is not None:
+                    yield entry
 
 
 def cut_back(path: Path, step: int) -> dict[str, Any] | None:
-    """Drop all entries after `step`, so that a resumed run does not write them twice; returns the last one kept."""
-    kept = [entry for entry in read_lines(path) if entry.get("step", 0) <= step]
-    if path.is_file():
-        write_file(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in kept))
-    return kept[-1] if kept else None
+    """Drop all entries after `step`, so that a resumed run does not write them twice; returns the last one kept.
+
+    Entries are in the order of their steps: only those that are dropped are parsed, and the rest stays as it is.
+    """
+    if not path.is_file():
+        return None
+    with write_errors(path), path.open("rb+") as stream:
+        ends = list(accumulate(len(line) for line in stream))
+        for begin, end in zip(reversed([0, *ends[:-1]]), reversed(ends), strict=True):
+            stream.seek(begin)
+            entry = _parsed(stream.read(end - begin))
+            if entry is not None and entry.get("step", 0) <= step:
+                stream.truncate(end)
+                return entry
+        stream.truncate(0)
+    return None
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) and line.endswith(b"\n") else None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -29,7 +31,7 @@ class Metrics:
     def __init__(
         self, sinks: Sequence[Sink], *, every_steps: int, max_steps: int, peak_memory_gib: Callable[[], float]
     ) -> None:
-        self._sinks = sinks
+        self._sinks = list(sinks)
         self._every_steps = every_steps
         self._max_steps = max_steps
         self._peak_memory_gib = peak_memory_gib
@@ -73,12 +75,20 @@ class Metrics:
 
     def close(self) -> None:
         """Close all sinks."""
-        for sink in self._sinks:
-            sink.close()
+        for sink in list(self._sinks):
+            self._guarded(sink, sink.close)
 
     def _write(self, step: int, metrics: dict[str, float]) -> None:
-        for sink in self._sinks:
-            sink.write(step, metrics)
+        for sink in list(self._sinks):
+            self._guarded(sink, partial(sink.write, step, metrics))
+
+    def _guarded(self, sink: Sink, action: Callable[[], None]) -> None:
+        """One place that fails is dropped, the others go on: a broken TensorBoard must not end metrics.jsonl."""
+        try:
+            action()
+        except Exception as error:
+            self._sinks.remove(sink)
+            sys.stderr.write(f"warning: {type(sink).__name__} failed and is switched off, training goes on: {error}\n")
 
 
 class MetricsFile:

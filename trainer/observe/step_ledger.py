@@ -43,7 +43,8 @@ class StepLedger:
         """Evaluation consumes no training data."""
 
     def on_save(self, state: TrainState, path: str, seconds: float) -> None:
-        """A checkpoint consumes no training data."""
+        """Make the lines of the committed steps as durable as the checkpoint is."""
+        self._lines.sync()
 
     def close(self) -> None:
         """Close the file."""

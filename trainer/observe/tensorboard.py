@@ -11,7 +11,7 @@ class TensorBoard:
     def __init__(self, path: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(path), purge_step=step + 1 if step else None)
+        self._writer = SummaryWriter(str(path), purge_step=step + 1)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Add one point to each curve."""
