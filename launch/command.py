@@ -18,9 +18,10 @@ from typing import Any
 
 from launch.contract import LAUNCHER_PID, VARIABLES, resolve
 from launch.local import launch_local, plan_local
-from launch.train_command import checked_config, guess_device, rank_command
+from launch.train_command import checked_config, rank_command, require_gpus
 from trainer.config.arguments import add_config_arguments
 from trainer.config.deepspeed import accumulation_steps
+from trainer.config.device import guess_device
 from trainer.config.schema import Config
 from trainer.errors import UsageError
 
@@ -53,9 +54,11 @@ def run(arguments: argparse.Namespace) -> int:
             raise UsageError(f"{name} {value}", f"give at least {least}")
     if arguments.place == "local" and nodes != 1:
         raise UsageError(f"launch local --nodes {nodes}", "this machine is one node; use launch ray for several")
+    if arguments.place == "local":
+        require_gpus("--ranks-per-node", ranks, os.environ)
     device = "cuda" if gpus else guess_device(os.environ) if arguments.place == "local" else "cpu"
     config = checked_config(arguments.config, arguments.overrides, nodes * ranks, device)
-    command = rank_command(arguments.config, arguments.overrides)
+    command = rank_command(arguments.config, arguments.overrides, show_traceback=arguments.traceback)
     if arguments.dry_run:
         _show(_plan(arguments, config, command, nodes, ranks), as_json=arguments.json)
         return 0
@@ -84,11 +87,14 @@ def _plan(arguments: argparse.Namespace, config: Config, command: list[str], nod
         "directory": str(Path.cwd()),
     }
     if arguments.place == "ray":
+        from launch.ray import forwarded
+
         return plan | {
             "address": arguments.address or "a new local cluster",
             "bundle": {"CPU": ranks, "GPU": arguments.gpus_per_node},
             "strategy": "STRICT_SPREAD" if nodes > 1 else "PACK",
             "rendezvous": "address and free port of the host of rank 0, chosen there at start",
+            "forwarded_variables": [*forwarded(os.environ)],
         }
     shown = (*VARIABLES, LAUNCHER_PID, "OMP_NUM_THREADS", "PYTHONUNBUFFERED")
     plan["ranks"] = [
@@ -108,6 +114,8 @@ def _show(plan: dict[str, Any], *, as_json: bool) -> None:
     for name, value in plan.items():
         if name == "command":
             print(f"command: {shlex.join(value)}")
+        elif name == "forwarded_variables":
+            print(f"forwarded_variables: {' '.join(value) or 'none'}")
         elif name == "ranks":
             for rank in value:
                 print(f"rank {rank['RANK']}: " + " ".join(f"{key}={shlex.quote(text)}" for key, text in rank.items()))

@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from launch.contract import LAUNCHER_PID
 from launch.processes import Ended, Event, HostRanks, free_port, plan_ranks
 from launch.supervise import supervise
 from trainer.errors import PeerLostError, UsageError
@@ -29,6 +30,23 @@ PLACEMENT_SECONDS = 120.0
 START_SECONDS = 120.0
 # How long a host may leave a message unanswered before it counts as lost.
 ANSWER_SECONDS = 60.0
+# Settings of the libraries and of ours that the ranks on other nodes shall have too. CUDA_VISIBLE_DEVICES is each
+# node's own: Ray sets it.
+FORWARDED_PREFIXES = (
+    "CUDA_", "DS_", "GLOO_", "HF_", "NCCL_", "OMP_", "PYTORCH_", "STEADFAST_", "TORCH_",
+)  # fmt: skip
+SECRETS = ("TOKEN", "KEY", "SECRET", "PASSWORD")
+
+
+def forwarded(environ: Mapping[str, str]) -> dict[str, str]:
+    """The variables of the driver's environment that ranks on every node get, sorted by name; never a secret."""
+    return {
+        name: text
+        for name, text in sorted(environ.items())
+        if name.startswith(FORWARDED_PREFIXES)
+        and name not in ("CUDA_VISIBLE_DEVICES", LAUNCHER_PID)
+        and not any(word in name.upper() for word in SECRETS)
+    }
 
 
 class Host:
@@ -139,11 +157,11 @@ class RayRanks:
         """Start every rank on its node."""
         try:
             endpoint = self._ray.get(self._hosts[0].endpoint.remote(), timeout=START_SECONDS)
-            environ = {name: os.environ[name] for name in ("OMP_NUM_THREADS",) if name in os.environ}
+            environ, directory = forwarded(os.environ), str(Path.cwd())
             each, world_size = self._ranks_per_node, len(self._running)
             self._ray.get(
                 [
-                    host.start.remote(self._command, node * each, each, world_size, endpoint, environ, str(Path.cwd()))
+                    host.start.remote(self._command, node * each, each, world_size, endpoint, environ, directory)
                     for node, host in enumerate(self._hosts)
                 ],
                 timeout=START_SECONDS,

@@ -17,26 +17,18 @@ from types import FrameType
 from typing import Protocol
 
 from launch.processes import Ended, Event, Output
-from trainer.errors import PeerLostError, StoppedOnRequest
+from trainer import errors
+from trainer.errors import PeerLostError, SteadfastError, StoppedOnRequest
+from trainer.run_directory import RunDirectory
 
-MARKER = "stopped.json"
 GRACE_SECONDS = 10.0
 SETTLE_SECONDS = 2.0
 
+# What the exit codes of a rank say.
 MEANINGS: dict[int, str] = {
-    2: "usage or configuration",
-    65: "bad data",
-    66: "input missing",
-    69: "peer lost",
-    70: "a bug of ours",
-    71: "no progress",
-    73: "cannot write",
-    74: "checkpoint damaged",
-    75: "stopped on request",
-    76: "resume refused",
-    77: "run locked",
-    78: "diverged",
-    130: "interrupted",
+    kind.exit_code: kind.meaning
+    for kind in vars(errors).values()
+    if isinstance(kind, type) and issubclass(kind, SteadfastError)
 }
 _RESUME = "start the same command again: it resumes from the last committed checkpoint"
 _SIGNAL_HINTS = {
@@ -77,6 +69,8 @@ def supervise(
     Else the code of the rank that failed first (69 when a signal killed it, 70 when the code is none of ours).
     Call it from the main thread: SIGINT, SIGTERM and SIGUSR2 are handled here.
     """
+    run = RunDirectory(run_dir)
+    run.clear_error_reports()
     started = time.time()
     screen = Screen(world_size)
     running = set(range(world_size))
@@ -114,12 +108,12 @@ def supervise(
         finally:
             ranks.close()
     if culprit is not None:
-        report = run_dir / "errors" / f"rank-{culprit.rank}.txt"
+        report = run.error_report(culprit.rank)
         fresh = report if _changed_since(report, started) else None
         if (sentence := describe(culprit, world_size, screen.last_words(culprit.rank), fresh)) is not None:
             screen.say(f"error: {sentence}")
         return exit_code(culprit)
-    if (run_dir / MARKER).exists():
+    if run.stopped.exists():
         screen.say(f"stopped on request with a committed checkpoint; {_RESUME}")
         return StoppedOnRequest.exit_code
     return 0
@@ -164,12 +158,18 @@ def describe(ended: Ended, world_size: int, last_words: str, report: Path | None
 
 
 class Screen:
-    """Writes the lines of ranks and the launcher's own; remembers what each rank said last on stderr."""
+    """Writes the lines of ranks and the launcher's own; remembers what each rank said last on stderr.
+
+    What goes wrong for all ranks alike (a missing store, a refused resume) is said once: an error line, or one of the
+    indented lines below it, is left out when another rank has said the same before.
+    """
 
     def __init__(self, world_size: int) -> None:
         self._prefixes = world_size > 1
         self._last: dict[int, str] = {}
         self._error: dict[int, str] = {}
+        self._said_by: dict[str, int] = {}
+        self._inside_error: set[int] = set()
 
     def show(self, output: Output) -> None:
         """Write a rank's line to the stream it came from, with the rank in front when there are several."""
@@ -177,11 +177,22 @@ class Screen:
             self._last[output.rank] = output.line.strip()
             if output.line.startswith("error: "):
                 self._error[output.rank] = output.line.strip()
+            if self._said_before(output):
+                return
         stream = sys.stdout if output.stream == "stdout" else sys.stderr
         # A reader that has gone away (`| head`) must not stop the training.
         with contextlib.suppress(OSError, ValueError):
             stream.write(f"{f'[rank {output.rank}] ' if self._prefixes else ''}{output.line}\n")
             stream.flush()
+
+    def _said_before(self, output: Output) -> bool:
+        if output.line.startswith("error: "):
+            self._inside_error.add(output.rank)
+        elif not output.line.startswith("  "):
+            self._inside_error.discard(output.rank)
+        if output.rank not in self._inside_error:
+            return False
+        return self._said_by.setdefault(output.line, output.rank) != output.rank
 
     def say(self, sentence: str) -> None:
         """Write the launcher's own line to stderr."""

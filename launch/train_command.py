@@ -23,11 +23,13 @@ from launch.local import launch_local
 from launch.signals import StopRequests, die_with_parent
 from trainer.cli import report
 from trainer.config.arguments import add_config_arguments
-from trainer.config.deepspeed import Device, check_deepspeed
+from trainer.config.deepspeed import check_deepspeed
+from trainer.config.device import Device, device_warnings, guess_device, visible_gpus
 from trainer.config.load import load_config
 from trainer.config.schema import Config
 from trainer.durable import write_file
 from trainer.errors import ConfigError, RunLockedError, SteadfastError, UsageError
+from trainer.run_directory import RunDirectory
 from trainer.world import World
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,9 +46,10 @@ def run(arguments: argparse.Namespace) -> int:
     world = resolve(os.environ)
     if world is None:
         processes = 1 if arguments.nproc is None else arguments.nproc
+        require_gpus("--nproc", processes, os.environ)
         config = checked_config(arguments.config, arguments.overrides, processes, guess_device(os.environ))
         return launch_local(
-            rank_command(arguments.config, arguments.overrides),
+            rank_command(arguments.config, arguments.overrides, show_traceback=arguments.traceback),
             processes=processes,
             environ=os.environ,
             run_dir=Path(config.run.dir),
@@ -56,36 +59,48 @@ def run(arguments: argparse.Namespace) -> int:
             f"--nproc {arguments.nproc} inside a launched rank (RANK={world.rank} is set)",
             "let one launcher start the ranks: drop --nproc, or unset RANK and its companions",
         )
-    return _be_a_rank(load_config(arguments.config, arguments.overrides), world)
+    config = load_config(arguments.config, arguments.overrides)
+    if world.is_first and LAUNCHER_PID not in os.environ:
+        # Our launchers have said it already.
+        _warn(config, guess_device(os.environ))
+    return _be_a_rank(config, world, show_traceback=arguments.traceback)
 
 
 def checked_config(path: Path, overrides: Sequence[str], ranks: int, device: Device) -> Config:
-    """Everything that can be known to be wrong before a process is started, as one ConfigError."""
+    """Everything that can be known to be wrong before a process is started, as one ConfigError.
+
+    What will work, but badly, is a warning on stderr.
+    """
     if ranks < 1:
         raise UsageError(f"{ranks} ranks asked for", "a run has at least one rank")
     config = load_config(path, overrides)
-    if problems := check_deepspeed(config, device):
+    if problems := check_deepspeed(config.engine.deepspeed, device):
         raise ConfigError(problems)
+    _warn(config, device)
     return config
 
 
-def rank_command(config: Path, overrides: Sequence[str]) -> list[str]:
+def require_gpus(option: str, ranks: int, environ: Mapping[str, str]) -> None:
+    """Raise UsageError when ranks on GPUs are asked for and this machine shows fewer GPUs; `option` asked for them."""
+    if guess_device(environ) == "cuda" and ranks > (gpus := visible_gpus(environ)):
+        raise UsageError(
+            f"{option} {ranks} needs {ranks} GPUs, this machine shows {gpus}",
+            f"give {option} {gpus} at most, or set DS_ACCELERATOR=cpu to train on the CPU",
+        )
+
+
+def rank_command(config: Path, overrides: Sequence[str], *, show_traceback: bool) -> list[str]:
     """The command of every rank: this checkout's steadfast.py with this Python, however we were started."""
     words = [sys.executable, str(ROOT / "steadfast.py"), "train", str(config), *overrides]
-    return [*words, "--traceback"] if "--traceback" in sys.argv else words
+    return [*words, "--traceback"] if show_traceback else words
 
 
-def guess_device(environ: Mapping[str, str]) -> Device:
-    """Whether ranks will see a CUDA device, without importing torch."""
-    if environ.get("DS_ACCELERATOR") == "cpu":
-        return "cpu"
-    visible = environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return "cpu" if visible.strip() in ("", "-1") else "cuda"
-    return "cuda" if Path("/dev/nvidia0").exists() else "cpu"
+def _warn(config: Config, device: Device) -> None:
+    for warning in device_warnings(config, device):
+        sys.stderr.write(f"{warning}\n")
 
 
-def _be_a_rank(config: Config, world: World) -> int:
+def _be_a_rank(config: Config, world: World, *, show_traceback: bool) -> int:
     """Train as one rank. The launcher (if ours) decides what Ctrl-C means and takes us along when it dies."""
     if os.environ.get(LAUNCHER_PID):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -99,16 +114,15 @@ def _be_a_rank(config: Config, world: World) -> int:
 
         train(config, world, stop_requests)
     except BaseException as error:
-        return _fail(error, config, world)
+        return _fail(error, config, world, show_traceback=show_traceback)
     return 0
 
 
-def _fail(error: BaseException, config: Config, world: World) -> int:
+def _fail(error: BaseException, config: Config, world: World, *, show_traceback: bool) -> int:
     """Say what happened in one line, keep the whole traceback in run.dir/errors, and leave at once."""
     fault = name_of_fault(error)
-    place = Path(config.run.dir) / "errors" / f"rank-{world.rank}.txt"
+    place = RunDirectory(Path(config.run.dir)).error_report(world.rank)
     kept = f"the whole traceback is in {place}"
-    show_traceback = "--traceback" in sys.argv
     try:
         # A run directory that another run holds is not ours to write to.
         if not isinstance(error, RunLockedError):

@@ -77,8 +77,8 @@ def new_directory(out: Path, expected_bytes: int) -> Iterator[Path]:
                 f"{out} needs {readable_bytes(expected_bytes + SPARE_BYTES)} and its disk has {readable_bytes(free)}",
                 "free disk space or choose another place",
             )
-        building = out.with_name(f"{out.name}.incomplete-{os.getpid()}")
-        shutil.rmtree(building, ignore_errors=True)
+        _sweep(out)
+        building = out.with_name(f".{out.name}.incomplete-{os.getpid()}")
         building.mkdir()
     try:
         yield building
@@ -90,6 +90,14 @@ def new_directory(out: Path, expected_bytes: int) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise
+
+
+def _sweep(out: Path) -> None:
+    """Remove what killed processes left while building `out`; what a living one builds stays."""
+    for leftover in out.parent.glob(f".{out.name}.incomplete-*"):
+        process = leftover.name.rpartition("-")[2]
+        if process.isdigit() and not Path(f"/proc/{process}").exists():
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def write_weights(

@@ -32,6 +32,9 @@ ROOT = Path(__file__).resolve().parents[1]
 MARKER = "made-by-steadfast-demo"
 ENOUGH = 0.95
 STOPPED_ON_REQUEST = 75
+RECIPE = ROOT / "configs/demo.yaml"
+# The demo trains on the CPU, whatever the machine has.
+ON_THE_CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -100,19 +103,20 @@ def _begin(out: Path) -> None:
 
 
 def _train_with_a_stop(out: Path, run_directory: Path, steps: int | None, ranks: int) -> None:
-    """Ask the first start to stop after some checkpoint-free steps; the same command then continues to the end."""
+    """Ask the first start to stop after an eighth of its steps; the same command then continues to the end."""
+    shorter, stop_at = _shortened(steps)
     overrides = [
         f"run.dir={run_directory}",
         f"data.train={out / 'store'}",
         f"data.eval={out / 'store-held-out'}",
-        *([f"train.max_steps={steps}", "schedule.warmup_steps=5"] if steps else []),
+        *shorter,
     ]
-    command = _command("train", os.path.relpath(ROOT / "configs/demo.yaml"), *overrides, "--nproc", ranks)
+    command = _command("train", os.path.relpath(RECIPE), *overrides, "--nproc", ranks)
     _show(command)
-    first = subprocess.Popen(command)
+    first = subprocess.Popen(command, env=os.environ | ON_THE_CPU)
     try:
-        while first.poll() is None and _last_logged_step(run_directory) < (steps or 2400) // 8:
-            time.sleep(0.2)
+        while first.poll() is None and _last_logged_step(run_directory) < stop_at:
+            time.sleep(0.05)
         if first.poll() is None:
             print("-- asking the run to stop (SIGTERM), as a scheduler would --", flush=True)
             first.send_signal(signal.SIGTERM)
@@ -123,9 +127,26 @@ def _train_with_a_stop(out: Path, run_directory: Path, steps: int | None, ranks:
     if code == STOPPED_ON_REQUEST:
         print(f"-- exit code {code}: stopped with a committed checkpoint; the same command again --", flush=True)
         _show(command)
-        code = subprocess.run(command, check=False).returncode
+        code = subprocess.run(command, check=False, env=os.environ | ON_THE_CPU).returncode
+    elif code == 0:
+        print("-- not stopped on the way: so few steps were over before the request came --", flush=True)
     if code:
         raise SteadfastError(f"training ended with exit code {code}", f"its own message is above; see {run_directory}")
+
+
+def _shortened(steps: int | None) -> tuple[list[str], int]:
+    """Overrides that make the recipe `steps` long (None: as it is), and the logged step after which to stop it."""
+    from trainer.config.load import load_config
+
+    recipe = load_config(RECIPE)
+    if steps is None:
+        return [], recipe.train.max_steps // 8
+    overrides = [f"train.max_steps={steps}", f"schedule.warmup_steps={min(5, steps // 2)}"]
+    stop_at = max(1, steps // 8)
+    if stop_at < recipe.logging.every_steps:
+        # Otherwise the run would be over before the step to stop at is logged.
+        overrides.append("logging.every_steps=1")
+    return overrides, stop_at
 
 
 def _last_logged_step(run_directory: Path) -> int:
@@ -153,7 +174,9 @@ def _served(model: Path, port: int, key: str) -> Iterator[str]:
     command = _command("serve", model, "--port", port)
     _show([*command, "--api-key", "KEY"])
     # The key goes through the environment: arguments are visible to every user of a machine.
-    server = subprocess.Popen(command, env=os.environ | {"STEADFAST_API_KEY": key}, stdout=subprocess.DEVNULL)
+    server = subprocess.Popen(
+        command, env=os.environ | ON_THE_CPU | {"STEADFAST_API_KEY": key}, stdout=subprocess.DEVNULL
+    )
     base = f"http://127.0.0.1:{port}"
     try:
         for _ in range(600):
@@ -206,7 +229,8 @@ def _table(outcome: dict[str, Any], out: Path, model: Path, quantised: Path) -> 
         ("tokens per second (median)", f"{outcome['tokens_per_second']:,.0f}"),
         ("exact match, 300 unseen prompts", f"{outcome['exact_match']:.1%}"),
         ("export", f"{outcome['export_bytes'] / 1e6:.1f} MB, largest logit difference {outcome['logit_max_diff']:.1e}"),
-        ("model", f"{model} (int8: {quantised})"),
+        ("model", f"{model}"),
+        ("int8 model", f"{quantised}"),
         ("TensorBoard", f"{out / 'run/tensorboard'}"),
         ("all of it took", f"{outcome['seconds']:.0f} s"),
     ):
@@ -224,7 +248,7 @@ def _command(*words: object) -> list[str]:
 def _steadfast(*words: object) -> None:
     command = _command(*words)
     _show(command)
-    code = subprocess.run(command, check=False).returncode
+    code = subprocess.run(command, check=False, env=os.environ | ON_THE_CPU).returncode
     if code:
         raise SteadfastError(f"steadfast {words[0]} ended with exit code {code}", "its own message is above")
 
@@ -233,7 +257,9 @@ def _answer(*words: object) -> dict[str, Any]:
     """What a command prints with --json."""
     command = _command(*words)
     _show(command)
-    done = subprocess.run([*command, "--json"], check=False, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [*command, "--json"], check=False, stdout=subprocess.PIPE, text=True, env=os.environ | ON_THE_CPU
+    )
     if done.returncode:
         raise SteadfastError(f"steadfast {words[0]} ended with exit code {done.returncode}", "its message is above")
     answer: dict[str, Any] = json.loads(done.stdout)

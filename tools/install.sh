@@ -1,23 +1,31 @@
 #!/bin/sh
-# Make .venv and install the tested set into it. Called by make; safe to run again.
+# Make .venv and install the tested set into it. Called by make; safe to run again, also after a kill at any point.
 #
 # torch comes first: deepspeed's own build looks for it. A suitable torch that is already there (in .venv, or in the
 # interpreter we start from) is kept: its exact version goes into the constraints, so that nothing can replace it.
 set -eu
 cd "$(dirname "$0")/.."
 
+if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+    found=$("$PYTHON" --version 2>&1 | head -n 1) || found=""
+    echo "error: $PYTHON is not Python 3.11 or newer (${found:-not found}); name one: make PYTHON=/path/to/python" >&2
+    exit 2
+fi
+
 suitable='import sys, torch; sys.exit(tuple(map(int, torch.__version__.split("+")[0].split(".")[:2])) < (2, 10))'
 
-if [ ! -x .venv/bin/python ]; then
-    "$PYTHON" -m venv .venv
-    if "$PYTHON" -c "$suitable" 2>/dev/null; then
-        # A path file, not --system-site-packages: that one would miss the torch of an interpreter that is itself in a
-        # virtual environment.
-        packages=$("$PYTHON" -c 'import os, torch; print(os.path.dirname(os.path.dirname(torch.__file__)))')
-        here=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-        echo "$packages" >"$here/packages-of-the-parent.pth"
-        echo "keeping the torch in $packages"
-    fi
+# A venv without pip is what Debian leaves where python3-venv is missing. Any other .venv is kept, whoever made it.
+if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+    if [ -e .venv ]; then echo "making .venv anew: what is there has no working pip"; fi
+    "$PYTHON" -m venv --clear .venv
+fi
+if ! .venv/bin/python -c "$suitable" 2>/dev/null && "$PYTHON" -c "$suitable" 2>/dev/null; then
+    # A path file, not --system-site-packages: that one would miss the torch of an interpreter that is itself in a
+    # virtual environment.
+    packages=$("$PYTHON" -c 'import os, torch; print(os.path.dirname(os.path.dirname(torch.__file__)))')
+    here=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    echo "$packages" >"$here/packages-of-the-parent.pth"
+    echo "keeping the torch in $packages"
 fi
 pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
 

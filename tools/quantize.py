@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.errors import DataError, UsageError
+from trainer.errors import DataError, MissingInputError, UsageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -182,7 +182,7 @@ def read_texts(path: Path) -> list[str | list[dict[str, Any]]]:
     texts: list[str | list[dict[str, Any]]] = []
     if path.suffix != ".jsonl":
         if not path.is_file():
-            raise DataError(f"{path} is not a file", "give a .jsonl or a plain text file")
+            raise MissingInputError(f"{path} is not a file", "give a .jsonl or a plain text file")
         try:
             content = path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:

@@ -183,7 +183,9 @@ async def _start(arguments: argparse.Namespace, service: Service, address: _Addr
         f"(embedded, needs nothing else); {engine.context} tokens a request, {arguments.max_running} at once; {guard}"
     )
     body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 32}
-    key = ["-H", f"Authorization: Bearer ${KEY_VARIABLE}"] if address.api_key else []
+    # The key itself is not repeated: what a terminal shows ends up in logs.
+    shown = f"${KEY_VARIABLE}" if os.environ.get(KEY_VARIABLE) else "KEY"
+    key = ["-H", f"Authorization: Bearer {shown}"] if address.api_key else []
     words = ["curl", f"{url}/chat/completions", "-H", "Content-Type: application/json", "-d", json.dumps(body)]
     quoted = [shlex.quote(word) for word in words] + [f'"{word}"' if " " in word else word for word in key]
     print(f"next: {' '.join(quoted)}", flush=True)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from socket import gethostname
 from typing import Any
@@ -18,10 +17,12 @@ from trainer.data.packing import RowPlan
 from trainer.data.store import TokenStore, open_store
 from trainer.durable import write_file
 from trainer.engine import device as devices
-from trainer.errors import ConfigError, DataError, SteadfastError, UsageError
-from trainer.loop import Loop, Observer, StopFlag, fit
-from trainer.plan import Plan, make_plan
+from trainer.errors import ConfigError, DataError, UsageError
+from trainer.loop import Loop, StopFlag, fit
+from trainer.observe.record import Record, recorded
+from trainer.plan import make_plan
 from trainer.prepare import (
+    changed_settings,
     collect_model_files,
     model_directory,
     open_held_out,
@@ -63,7 +64,6 @@ def train_joined(config: Config, world: World, stop: StopFlag, run: RunDirectory
     if world.is_first:
         # Under the lock: before it these may be those of a run that is just ending.
         run.stopped.unlink(missing_ok=True)
-        run.outcome.unlink(missing_ok=True)
     store = open_store(Path(config.data.train), rank=world.rank, world_size=world.world_size)
     held_out = open_held_out(config, store, rank=world.rank, world_size=world.world_size)
     rows = store.plan(config.data.sequence_length, config.data.overlap, config.data.packing)
@@ -105,10 +105,16 @@ def train_joined(config: Config, world: World, stop: StopFlag, run: RunDirectory
     state = restored or TrainState()
     if world.is_first:
         # Only now: a start that was refused leaves the record of the run as it was.
+        changes = changed_settings(config, run) if restored else []
         write_file(run.config, config_as_yaml(config))
         write_file(run.plan, json.dumps(plan.as_json(), indent=1) + "\n")
         collect_model_files(config, store, run)
-    with _observers(config, run, plan, feed, state, world, kind, resumed=restored is not None) as observed:
+        record: AbstractContextManager[Record] = recorded(
+            config, run, plan, feed, restored, changes, devices.memory_probe(kind)
+        )
+    else:
+        record = nullcontext(Record([], lambda final, stopped, reason: None))
+    with record as observed:
         loop = Loop(
             engine=engine,
             feed=feed,
@@ -121,8 +127,8 @@ def train_joined(config: Config, world: World, stop: StopFlag, run: RunDirectory
             observers=observed.observers,
             stop=stop,
         )
-        state, stopped = fit(loop, state)
-        observed.finish(state, stopped, stop.requested)
+        final, stopped = fit(loop, state)
+        observed.finish(final, stopped, stop.requested)
     engine.close()
 
 
@@ -211,89 +217,3 @@ def _evaluation(
         return {f"eval/{held_out.path.name}/{name}": value for name, value in evaluate_loss(engine, batches).items()}
 
     return evaluate
-
-
-@dataclass(frozen=True)
-class _Observed:
-    observers: list[Observer]
-    finish: Callable[[TrainState, bool, str | None], None]
-
-
-@contextmanager
-def _observers(
-    config: Config,
-    run: RunDirectory,
-    plan: Plan,
-    feed: Feed,
-    state: TrainState,
-    world: World,
-    kind: devices.DeviceType,
-    *,
-    resumed: bool,
-) -> Iterator[_Observed]:
-    """The observers of rank 0 (other ranks have none), closed at the end whatever happens."""
-    if not world.is_first:
-        yield _Observed([], lambda state, stopped, reason: None)
-        return
-    from trainer.observe.events import EventLedger
-    from trainer.observe.guard import Guarded
-    from trainer.observe.metrics import Metrics, MetricsFile, Sink
-    from trainer.observe.progress import progress_for_stdout
-    from trainer.observe.step_ledger import StepLedger
-    from trainer.observe.tensorboard import TensorBoard
-
-    sinks: list[Sink] = [MetricsFile(run.metrics, state.step), progress_for_stdout(state.step, plan.max_steps)]
-    if config.logging.tensorboard:
-        sinks.append(TensorBoard(run.tensorboard, state.step))
-    events = EventLedger(run.events)
-    metrics = Metrics(
-        sinks,
-        every_steps=config.logging.every_steps,
-        max_steps=plan.max_steps,
-        peak_memory_gib=lambda: devices.peak_memory_gib(kind),
-    )
-    observers: list[Observer] = [
-        Guarded(observer) for observer in (events, StepLedger(run.step_ledger, feed, state.step), metrics)
-    ]
-    events.record("resume" if resumed else "start", step=state.step, world_size=world.world_size, device=kind)
-    _say_where_we_begin(config, plan, state, resumed)
-
-    def finish(final: TrainState, stopped: bool, reason: str | None) -> None:
-        outcome = {"status": "stopped" if stopped else "done", "max_steps": plan.max_steps, **final.as_json()}
-        events.record("stop" if stopped else "done", step=final.step)
-        write_file(run.outcome, json.dumps(outcome, indent=1) + "\n")
-        if stopped:
-            write_file(run.stopped, json.dumps({"step": final.step, "reason": reason}) + "\n")
-            print(f"stopped at step {final.step} of {plan.max_steps} as asked; the same command continues", flush=True)
-        else:
-            print(
-                f"done: step {final.step}, loss {_number(final.loss_first)} -> {_number(final.loss_last)}; "
-                f"checkpoints in {run.checkpoints}",
-                flush=True,
-            )
-
-    try:
-        yield _Observed(observers, finish)
-    except BaseException as error:
-        failed = {"status": "failed", "error": f"{type(error).__name__}: {error}"}
-        with suppress(SteadfastError):
-            events.record("fault", error=failed["error"])
-            write_file(run.outcome, json.dumps(failed, indent=1, ensure_ascii=False) + "\n")
-        raise
-    finally:
-        for observer in observers:
-            observer.close()
-
-
-def _say_where_we_begin(config: Config, plan: Plan, state: TrainState, resumed: bool) -> None:
-    where = f"resuming at step {state.step}" if resumed else "starting"
-    print(
-        f"{where} of {plan.max_steps}: {plan.world_size} ranks, ZeRO config {config.engine.deepspeed}, global batch "
-        f"{plan.global_batch_size} rows x {plan.sequence_length} tokens = {plan.accumulation_steps} micro-batches of "
-        f"{plan.micro_batch_size} a rank; the store has {plan.rows} rows, this is {plan.epochs:.2f} epochs",
-        flush=True,
-    )
-
-
-def _number(value: float | None) -> str:
-    return "none" if value is None else f"{value:.4f}"

@@ -42,7 +42,9 @@ def run_command(commands: Mapping[str, tuple[str, str]], load: Callable[[str], M
     module.configure(parser)
     parser.epilog = parser.epilog or "--traceback shows the full Python traceback of an error."
     try:
-        return int(module.run(parse(parser, words[1:])))
+        arguments = parse(parser, words[1:])
+        arguments.traceback = with_traceback
+        return int(module.run(arguments))
     except SteadfastError as error:
         if with_traceback:
             traceback.print_exc()

@@ -24,9 +24,13 @@ from collections.abc import Sequence
 
 
 class SteadfastError(Exception):
-    """Base of all user-facing errors: `fact` (what and where) and `remedy` (what to do now)."""
+    """Base of all user-facing errors: `fact` (what and where) and `remedy` (what to do now).
+
+    Each class has the exit code of its kind of trouble, and `meaning`, that code in a few words.
+    """
 
     exit_code = 70
+    meaning = "a bug of ours"
 
     def __init__(self, fact: str, remedy: str = "") -> None:
         super().__init__(fact)
@@ -45,6 +49,7 @@ class UsageError(SteadfastError):
     """The command line makes no sense."""
 
     exit_code = 2
+    meaning = "usage or configuration"
 
 
 class ConfigError(UsageError):
@@ -64,63 +69,74 @@ class DataError(SteadfastError):
     """A row, a chat template, a token store or one of its files is bad."""
 
     exit_code = 65
+    meaning = "bad data"
 
 
 class MissingInputError(SteadfastError):
     """A file or directory that was named does not exist."""
 
     exit_code = 66
+    meaning = "input missing"
 
 
 class PeerLostError(SteadfastError):
     """Another rank, its host or the rendezvous is gone; a restart helps."""
 
     exit_code = 69
+    meaning = "peer lost"
 
 
 class HangError(SteadfastError):
     """Nothing moved within the bound; a restart helps."""
 
     exit_code = 71
+    meaning = "no progress"
 
 
 class CannotWriteError(SteadfastError):
     """Disk full, read-only or no permission."""
 
     exit_code = 73
+    meaning = "cannot write"
 
 
 class CheckpointError(SteadfastError):
     """A checkpoint is damaged and no valid one before it exists."""
 
     exit_code = 74
+    meaning = "checkpoint damaged"
 
 
 class StoppedOnRequest(SteadfastError):
     """Stopped as asked; the last checkpoint is committed, so the run can be requeued."""
 
     exit_code = 75
+    meaning = "stopped on request"
 
 
 class ResumeRefusedError(SteadfastError):
     """Configuration, data or tokenizer differ from what the checkpoint was made with."""
 
     exit_code = 76
+    meaning = "resume refused"
 
 
 class RunLockedError(SteadfastError):
     """Another live process owns the run directory."""
 
     exit_code = 77
+    meaning = "run locked"
 
 
 class DivergedError(SteadfastError):
     """Too many non-finite steps in a row."""
 
     exit_code = 78
+    meaning = "diverged"
 
 
 class Interrupted(SteadfastError):
     """A second Ctrl-C: stop now."""
 
     exit_code = 130
+    meaning = "interrupted"

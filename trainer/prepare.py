@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from trainer.checkpoint.verify import committed_steps
 from trainer.config.schema import Config
@@ -71,6 +73,16 @@ def collect_model_files(config: Config, store: TokenStore, run: RunDirectory) ->
             shutil.copyfile(file, run.model_files / file.name)
 
 
+def changed_settings(config: Config, run: RunDirectory) -> list[str]:
+    """What differs from the configuration of the previous start, one `section.key: old -> new` each."""
+    try:
+        before = yaml.safe_load(run.config.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        return []
+    old, new = dict(_settings(before)), dict(_settings(config.model_dump(mode="json")))
+    return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in new if old.get(key) != new[key]]
+
+
 def open_held_out(config: Config, store: TokenStore, *, rank: int, world_size: int) -> TokenStore | None:
     """The store of data.eval, if any; DataError when it was built with another tokenizer than the training store."""
     if config.data.eval is None:
@@ -124,6 +136,14 @@ def probe_prompts(store: TokenStore, sequence_length: int) -> np.ndarray[Any, np
     heads = [np.asarray(store.document(index)[0][:length], np.int64) for index in range(min(64, store.n_documents))]
     longest = sorted(heads, key=len, reverse=True)[:PROBE_PROMPTS]
     return np.stack([np.resize(head, length) for head in longest])
+
+
+def _settings(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(values, dict):
+        for key, value in values.items():
+            yield from _settings(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, values
 
 
 def _is_outdated(config: Config, store: TokenStore, run: RunDirectory) -> bool:

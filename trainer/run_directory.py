@@ -75,6 +75,29 @@ class RunDirectory:
         """Marker: stopped on request after a committed checkpoint."""
         return self.path / "stopped.json"
 
+    def error_report(self, rank: int) -> Path:
+        """The whole traceback of what ended a rank."""
+        return self.path / "errors" / f"rank-{rank}.txt"
+
+    def in_use(self) -> bool:
+        """Whether another process has the lock right now."""
+        try:
+            with (self.path / "lock").open() as stream:
+                fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            # No such file, or a file system without locks.
+            return False
+        return False
+
+    def clear_error_reports(self) -> None:
+        """Remove the reports of an earlier start, unless the directory is in use. A launcher calls this."""
+        if not self.in_use():
+            with write_errors(self.path):
+                for report in self.error_report(0).parent.glob("rank-*.txt"):
+                    report.unlink(missing_ok=True)
+
     def lock(self) -> IO[str]:
         """Create the directory and take it for this process until the returned file is closed or the process ends.
 

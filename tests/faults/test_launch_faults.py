@@ -111,6 +111,26 @@ def test_the_failing_rank_is_named_and_the_others_are_stopped(start: Callable[..
     assert launcher.ranks() == []
 
 
+def test_what_every_rank_says_alike_is_shown_once(start: Callable[..., Launcher]) -> None:
+    same: list[list[object]] = [["error", "error: there is no store x"], ["exit", 66]]
+    code, text = start({"*": same}, ranks=3).end()
+    assert code == 66
+    shown = text.splitlines()
+    assert len(shown) == 2, text
+    assert shown[0].endswith("] error: there is no store x")
+    assert "failed with exit code 66 (input missing) at" in shown[1]
+
+
+def test_a_start_clears_the_error_reports_of_the_one_before(start: Callable[..., Launcher], tmp_path: Path) -> None:
+    old = tmp_path / "run0" / "errors" / "rank-1.txt"
+    old.parent.mkdir(parents=True)
+    old.write_text("Traceback of last week")
+    code, text = start({"1": [["exit", 65]]}).end()
+    assert code == 65
+    assert not old.exists()
+    assert "details in" not in text
+
+
 def test_a_killed_rank_outranks_those_that_lost_it(start: Callable[..., Launcher]) -> None:
     lost: list[list[object]] = [["error", "error: lost the connection to a peer"], ["exit", 69]]
     code, text = start({"*": lost, "1": [["sleep", 0.7], ["kill", "SIGKILL"]]}, ranks=3).end()

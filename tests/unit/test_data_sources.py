@@ -1,4 +1,5 @@
 import json
+import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -156,3 +157,13 @@ def test_plain_text_lines(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_bytes(b"one\n\xff")
     with pytest.raises(DataError, match=r"b\.txt:2"):
         list(read_lines(tmp_path / "b.txt"))
+
+
+def test_pipes_are_refused_at_once(tmp_path: Path) -> None:
+    """An input is read more than once: from a pipe the second reading would miss what the first one took."""
+    os.mkfifo(tmp_path / "pipe")
+    for read in (read_rows, read_lines):
+        with pytest.raises(MissingInputError, match="is a pipe or a device"):
+            next(iter(read(tmp_path / "pipe")))
+    with pytest.raises(MissingInputError, match="is a directory"):
+        next(iter(read_lines(tmp_path)))

@@ -1,5 +1,6 @@
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from tests.support.corpora import (
     write_json,
     write_json_lines,
 )
-from trainer.data import build
+from trainer.data import build, reader
 from trainer.data.packing import RowPlan
 from trainer.data.reader import MANIFEST, PLAN_ARRAYS
 from trainer.data.store import build_store, open_store, verify_store
@@ -88,6 +89,60 @@ def test_stored_plan_equals_computed_plan(tmp_path: Path) -> None:
     assert store.plan(64).overlap == 8
     with pytest.raises(UsageError):
         store.plan(64, 64)
+
+
+def test_opening_with_a_stored_plan_touches_no_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tiny_store(tmp_path, shard_tokens=500).path
+
+    def touched(*_: object, **__: object) -> None:
+        raise RuntimeError("offsets or spans of all documents were read")
+
+    monkeypatch.setattr(reader, "_joined_offsets", touched)
+    monkeypatch.setattr(reader, "plan_rows", touched)
+    store = open_store(path)
+    assert store.plan().n_rows > 0
+    with pytest.raises(RuntimeError, match="were read"):
+        store.plan(64)
+
+
+def test_several_shards_make_the_same_plan_as_one(tmp_path: Path) -> None:
+    one, many = (tiny_store(tmp_path / name, shard_tokens=size) for name, size in (("one", 1 << 20), ("many", 500)))
+    assert len(list((many.path / "tokens").iterdir())) > 3
+    for name in PLAN_ARRAYS:
+        assert np.array_equal(getattr(one.plan(64), name), getattr(many.plan(64), name)), name
+
+
+def test_ranks_share_the_checking_of_files(tmp_path: Path) -> None:
+    store = tiny_store(tmp_path, shard_tokens=500)
+    for index, file in enumerate(store.manifest["files"]):
+        path = store.path / file["name"]
+        content = path.read_bytes()
+        # The last byte: what a reader of the header does not see.
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        for rank in range(3):
+            if rank == index % 3:
+                with pytest.raises(DataError, match="checksum"):
+                    open_store(store.path, rank=rank, world_size=3)
+            else:
+                open_store(store.path, rank=rank, world_size=3)
+        open_store(store.path, verify=False, rank=index % 3, world_size=3)
+        path.write_bytes(content)
+
+
+def test_too_many_open_files_is_no_damage(tmp_path: Path) -> None:
+    path = tiny_store(tmp_path, shard_tokens=100).path
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest_free = os.open(os.devnull, os.O_RDONLY)
+    os.close(lowest_free)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free + 10, limits[1]))
+        with pytest.raises(MissingInputError) as caught:
+            open_store(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert "too many open files" in str(caught.value)
+    assert "ulimit -n" in str(caught.value)
+    assert open_store(path).n_documents == 40
 
 
 def test_equal_input_gives_an_equal_store(tmp_path: Path) -> None:

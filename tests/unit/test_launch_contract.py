@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import re
 import socket
 from pathlib import Path
 
@@ -14,10 +15,15 @@ from launch import command, train_command
 from launch.contract import LAUNCHER_PID, VARIABLES, rank_environment, require_resolvable, resolve
 from launch.faults import name_of_fault
 from launch.processes import Ended, Output, plan_ranks
-from launch.supervise import Screen, blame, describe, exit_code
-from launch.train_command import guess_device
-from trainer.cli import parse
+from launch.ray import forwarded
+from launch.supervise import MEANINGS, Screen, blame, describe, exit_code
+from launch.train_command import rank_command, require_gpus
+from trainer import errors
+from trainer.cli import parse, run_command
+from trainer.config import device as config_device
+from trainer.config.device import guess_device, visible_gpus
 from trainer.errors import CannotWriteError, ConfigError, DataError, PeerLostError, SteadfastError, UsageError
+from trainer.run_directory import RunDirectory
 from trainer.world import World
 
 WORLD = World(rank=3, world_size=8, local_rank=1, local_world_size=2, master_address="node7", master_port=2345)
@@ -176,6 +182,16 @@ def test_exit_codes_of_a_run() -> None:
     assert codes == {2: 2, 65: 65, 71: 71, 78: 78, 1: 70, 42: 70, 255: 70, -9: 69, -11: 69}
 
 
+def test_every_exit_code_of_an_error_has_a_meaning() -> None:
+    documented = {int(code) for code in re.findall(r"── \w+ +(\d+)", str(errors.__doc__))}
+    assert set(MEANINGS) == documented | {SteadfastError.exit_code}
+    assert (MEANINGS[2], MEANINGS[70], MEANINGS[75]) == (
+        "usage or configuration",
+        "a bug of ours",
+        "stopped on request",
+    )
+
+
 def test_the_last_line_names_rank_cause_and_remedy(tmp_path: Path) -> None:
     killed = describe(Ended(1, 123, -9, 0.0), 2, "Saving", None)
     assert killed is not None
@@ -203,6 +219,52 @@ def test_lines_of_several_ranks_are_prefixed_and_those_of_one_are_not(capsys: py
         assert screen.last_words(0) == ""
 
 
+def test_what_all_ranks_say_alike_is_shown_once(capsys: pytest.CaptureFixture[str]) -> None:
+    screen = Screen(3)
+    for rank in range(3):
+        for line in ("error: 2 configuration problems", "  x.yaml:1: bad", f"  x.yaml:{rank}: own", "bye", "  bye"):
+            screen.show(Output(rank, "stderr", line))
+        screen.show(Output(rank, "stdout", "error: of the model's answers"))
+    captured = capsys.readouterr()
+    assert captured.out.splitlines() == [f"[rank {rank}] error: of the model's answers" for rank in range(3)]
+    lines = captured.err.splitlines()
+    assert [line for line in lines if "configuration" in line] == ["[rank 0] error: 2 configuration problems"]
+    assert [line for line in lines if "x.yaml:1: bad" in line] == ["[rank 0]   x.yaml:1: bad"]
+    assert sum("own" in line for line in lines) == 3
+    assert sum("bye" in line for line in lines) == 6
+    assert screen.last_words(2) == "error: 2 configuration problems"
+    screen.show(Output(0, "stderr", "error: 2 configuration problems"))
+    assert "configuration" in capsys.readouterr().err, "a rank may repeat itself"
+
+
+def test_error_reports_of_an_earlier_start_go_unless_the_run_is_alive(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    run.clear_error_reports()
+    assert not run.path.exists()
+    with run.lock():
+        run.error_report(3).parent.mkdir()
+        run.error_report(3).write_text("old")
+        (run.path / "errors" / "mine.txt").write_text("kept")
+        run.clear_error_reports()
+        assert run.error_report(3).exists()
+    run.clear_error_reports()
+    assert [path.name for path in (run.path / "errors").iterdir()] == ["mine.txt"]
+    with run.lock():
+        assert run.in_use()
+
+
+def test_ranks_of_other_nodes_get_the_settings_of_libraries_but_no_secret() -> None:
+    environ = {
+        "NCCL_DEBUG": "INFO", "HF_HOME": "/h", "TORCH_NCCL_X": "1", "DS_ACCELERATOR": "cpu", "CUDA_HOME": "/c",
+        "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "2", "PYTORCH_CUDA_ALLOC_CONF": "x", "STEADFAST_X": "1",
+    }  # fmt: skip
+    kept_here = {
+        "CUDA_VISIBLE_DEVICES": "0", "HF_TOKEN": "s", "STEADFAST_API_KEY": "s", "DS_PASSWORD": "s", "HOME": "/h",
+        "NCCL_SECRET_X": "s", "HF_hub_token": "s", LAUNCHER_PID: "7", "TORCHELASTIC_RUN_ID": "r",
+    }  # fmt: skip
+    assert forwarded(environ | kept_here) == environ
+
+
 @pytest.mark.parametrize(
     ("environ", "device"),
     [
@@ -216,10 +278,67 @@ def test_the_device_is_guessed_without_torch(environ: dict[str, str], device: st
     assert guess_device(environ) == device
 
 
+def test_more_ranks_than_visible_gpus_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config_device, "DEVICE_FILES", tmp_path)
+    require_gpus("--nproc", 9, {})
+    for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"):
+        (tmp_path / name).touch()
+    assert guess_device({}) == "cuda"
+    for text, count in {"0": 1, "0,1,2": 3, "MIG-a, MIG-b": 2, "0,-1,1": 1, "": 0, "-1": 0}.items():
+        assert visible_gpus({"CUDA_VISIBLE_DEVICES": text}) == count
+    require_gpus("--nproc", 2, {})
+    require_gpus("--nproc", 9, {"DS_ACCELERATOR": "cpu"})
+    with pytest.raises(UsageError, match="--nproc 3 needs 3 GPUs, this machine shows 2"):
+        require_gpus("--nproc", 3, {})
+    for name, text in {"CUDA_VISIBLE_DEVICES": "0", "DS_ACCELERATOR": ""}.items():
+        monkeypatch.setenv(name, text)
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UsageError, match="this machine shows 1"):
+        train_command.run(argparse.Namespace(config=Path("x.yaml"), overrides=[], nproc=2, traceback=False))
+    with pytest.raises(UsageError, match="--ranks-per-node 2 needs 2 GPUs"):
+        command.run(launch("local", "x.yaml", "--ranks-per-node", "2"))
+
+
+def test_traceback_reaches_the_ranks_by_the_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "--traceback" not in rank_command(Path("x.yaml"), ["a.b=1"], show_traceback=False)
+    assert rank_command(Path("x.yaml"), ["a.b=1"], show_traceback=True)[-3:] == ["x.yaml", "a.b=1", "--traceback"]
+    seen: list[argparse.Namespace] = []
+    monkeypatch.setattr(train_command, "run", lambda arguments: seen.append(arguments) or 0)
+    for words in (["train", "x.yaml"], ["train", "--traceback", "x.yaml"]):
+        assert run_command({"train": ("t", "help")}, lambda _: train_command, words) == 0
+    assert [arguments.traceback for arguments in seen] == [False, True]
+
+
+def test_bfloat16_on_a_cpu_is_warned_of_at_the_start(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setattr(train_command, "launch_local", lambda *_, **__: 0)
+    monkeypatch.setattr(train_command, "_be_a_rank", lambda *_, **__: 0)
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    tiny = Path(__file__).resolve().parents[2] / "configs" / "tiny.yaml"
+    for dtype, said in (("bfloat16", 1), ("float32", 0)):
+        arguments = argparse.Namespace(config=tiny, overrides=[f"model.dtype={dtype}"], nproc=2, traceback=False)
+        assert train_command.run(arguments) == 0
+        assert capsys.readouterr().err.count("warning: model.dtype=bfloat16 on a CPU is about 80 times") == said
+    # A rank says it when no launcher of ours did, and only the first one.
+    slow = argparse.Namespace(config=tiny, overrides=["model.dtype=bfloat16"], nproc=None, traceback=False)
+    for more, said in (({"RANK": "0", "LOCAL_RANK": "0"}, 1), ({LAUNCHER_PID: "1"}, 0), ({"RANK": "1"}, 0)):
+        for name, text in (rank_environment(WORLD) | more).items():
+            monkeypatch.setenv(name, text)
+        assert train_command.run(slow) == 0
+        assert capsys.readouterr().err.count("warning: model.dtype") == said
+        monkeypatch.delenv(LAUNCHER_PID, raising=False)
+
+
 def launch(*words: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     command.configure(parser)
-    return parse(parser, words)
+    arguments = parse(parser, words)
+    arguments.traceback = False
+    return arguments
 
 
 def test_a_dry_run_prints_the_plan(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,8 +350,14 @@ def test_a_dry_run_prints_the_plan(capsys: pytest.CaptureFixture[str], monkeypat
     assert plan["command"][1:] == [str(train_command.ROOT / "steadfast.py"), "train", tiny, "run.seed=1"]
     assert [rank["RANK"] for rank in plan["ranks"]] == ["0", "1"]
     assert plan["gradient_accumulation_steps"] == 2
+    monkeypatch.setenv("NCCL_DEBUG", "WARN-value")
+    monkeypatch.setenv("HF_TOKEN", "hidden")
     assert command.run(launch("ray", tiny, "--nodes", "2", "--ranks-per-node", "2", "--dry-run")) == 0
     text = capsys.readouterr().out
+    (line,) = [line for line in text.splitlines() if line.startswith("forwarded_variables: ")]
+    assert "NCCL_DEBUG" in line.split()
+    assert "WARN-value" not in text
+    assert "HF_TOKEN" not in text
     assert "STRICT_SPREAD" in text
     assert "world_size: 4" in text
     with pytest.raises(UsageError, match="use launch ray"):
@@ -250,4 +375,4 @@ def test_nproc_inside_a_rank_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
     for name, text in rank_environment(WORLD).items():
         monkeypatch.setenv(name, text)
     with pytest.raises(UsageError, match="--nproc 2 inside a launched rank"):
-        train_command.run(argparse.Namespace(config=Path("x.yaml"), overrides=[], nproc=2))
+        train_command.run(argparse.Namespace(config=Path("x.yaml"), overrides=[], nproc=2, traceback=False))

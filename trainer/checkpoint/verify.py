@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -81,6 +82,9 @@ def read_manifest(path: Path) -> Manifest:
         raise damaged(path, f"{MANIFEST_NAME} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise damaged(path, f"{MANIFEST_NAME} is not readable") from error
+    named = _STEP_NAME.fullmatch(path.name)
+    if named and int(named[1]) != manifest.step:
+        raise damaged(path, f"{MANIFEST_NAME} is that of step {manifest.step}")
     for name in manifest.files:
         if not _SAFE_NAME.fullmatch(name) or ".." in name:
             raise damaged(path, f"{MANIFEST_NAME} names a file outside: {name!r}")
@@ -121,7 +125,8 @@ def verify_checkpoint(path: Path) -> Manifest:
 def find_checkpoint(source: Path) -> Path:
     """The valid checkpoint `source` stands for: itself, or the newest valid one of a run directory.
 
-    Raises MissingInputError when there is none, CheckpointError when all are damaged.
+    A damaged newer one is named on stderr. Raises MissingInputError when there is none, CheckpointError when all are
+    damaged.
     """
     if (source / MANIFEST_NAME).is_file():
         verify_checkpoint(source)
@@ -138,6 +143,8 @@ def find_checkpoint(source: Path) -> Path:
         except CheckpointError as error:
             failures.append(error.fact)
         else:
+            if failures:
+                sys.stderr.write(f"warning: {failures[0]}; using {path.name} instead\n")
             return path
     raise CheckpointError(f"no valid checkpoint in {checkpoints}: {failures[0]}", "restore one from a copy")
 

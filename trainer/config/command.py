@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import sys
 
 from trainer.config.arguments import add_config_arguments
 from trainer.config.deepspeed import accumulation_steps, check_deepspeed, compile_deepspeed
+from trainer.config.device import Device, device_warnings, guess_device
 from trainer.config.explain import explain, explanations, json_schema
-from trainer.config.load import config_as_yaml, load_config
+from trainer.config.load import config_as_yaml, load_config, named_deepspeed
 from trainer.errors import ConfigError
 
 
@@ -23,13 +26,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
     check = commands.add_parser("check", help="find every problem of a configuration and its DeepSpeed JSON")
     add_config_arguments(check)
-    check.add_argument("--device", choices=["cpu", "cuda"], default="cuda", help="device the run is meant for")
+    check.add_argument("--device", choices=["cpu", "cuda"], help="where it shall run (default: as on this machine)")
     check.add_argument("--json", action="store_true", help="print problems as JSON")
 
     show = commands.add_parser("show", help="print the resolved configuration, defaults included")
     add_config_arguments(show)
     show.add_argument("--ranks", type=int, metavar="N", help="also print what DeepSpeed gets with N ranks")
-    show.add_argument("--device", choices=["cpu", "cuda"], default="cuda", help="device DeepSpeed is set up for")
+    show.add_argument("--device", choices=["cpu", "cuda"], help="where it shall run (default: as on this machine)")
     show.add_argument("--json", action="store_true", help="print as JSON")
 
     schema = commands.add_parser("schema", help="print the JSON schema that editors complete and check with")
@@ -56,22 +59,28 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
+    device: Device = arguments.device or guess_device(os.environ)
+    problems: list[str] = []
     try:
         config = load_config(arguments.config, arguments.overrides)
-        problems = check_deepspeed(config, arguments.device)
+        sys.stderr.writelines(f"{warning}\n" for warning in device_warnings(config, device))
     except ConfigError as error:
         problems = error.problems
+    deepspeed = named_deepspeed(arguments.config, arguments.overrides)
+    if deepspeed is not None:
+        problems = [*problems, *check_deepspeed(deepspeed, device)]
     if arguments.json:
         print(json.dumps({"config": str(arguments.config), "ok": not problems, "problems": problems}, indent=2))
         return ConfigError.exit_code if problems else 0
     if problems:
         raise ConfigError(problems)
-    print(f"{arguments.config}: ok ({config.engine.deepspeed} on {arguments.device})")
+    print(f"{arguments.config}: ok ({deepspeed} on {device})")
     return 0
 
 
 def _show(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
+    device: Device = arguments.device or guess_device(os.environ)
     compiled = None
     if arguments.ranks is not None:
         if arguments.ranks < 1:
@@ -80,7 +89,7 @@ def _show(arguments: argparse.Namespace) -> int:
             config,
             world_size=arguments.ranks,
             accumulation_steps=accumulation_steps(config, arguments.ranks),
-            device=arguments.device,
+            device=device,
         )
     if arguments.json:
         shown = {"config": config.model_dump()} | ({} if compiled is None else {"deepspeed": compiled})
@@ -89,6 +98,6 @@ def _show(arguments: argparse.Namespace) -> int:
     print(config_as_yaml(config), end="")
     if compiled is not None:
         # As a comment, so that the output is still a configuration.
-        print(f"# DeepSpeed on {arguments.ranks} ranks ({arguments.device}):")
+        print(f"# DeepSpeed on {arguments.ranks} ranks ({device}):")
         print("\n".join(f"# {line}" for line in json.dumps(compiled, indent=2).splitlines()))
     return 0

@@ -13,13 +13,13 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from trainer.config import deepspeed_keys as known
+from trainer.config.device import Device
 from trainer.config.schema import Config
 from trainer.errors import ConfigError
 
-Device = Literal["cpu", "cuda"]
 SHIPPED = Path(__file__).resolve().parents[2] / "configs" / "ds"
 MAX_BYTES = 1 << 20
 STAGES = (1, 2, 3)
@@ -75,21 +75,26 @@ def lint(settings: dict[str, Any], place: str, device: Device) -> list[str]:
     return problems
 
 
-def check_deepspeed(config: Config, device: Device) -> list[str]:
+def check_deepspeed(name_or_path: str, device: Device) -> list[str]:
     """Read and lint what `engine.deepspeed` names; returns problems, never raises."""
     try:
-        settings = load_deepspeed_json(config.engine.deepspeed)
+        settings = load_deepspeed_json(name_or_path)
     except ConfigError as error:
         return error.problems
-    return lint(settings, place_of(config.engine.deepspeed), device)
+    return lint(settings, place_of(name_or_path), device)
+
+
+def micro_batches(rows: int, micro_batch_size: int, world_size: int) -> int:
+    """Micro-batches of every rank when `rows` rows are dealt out over all ranks, rounded up.
+
+    Where ranks x micro-batch does not divide the rows, the slots left over hold empty rows.
+    """
+    return -(-rows // (micro_batch_size * world_size))
 
 
 def accumulation_steps(config: Config, world_size: int) -> int:
-    """Micro-batches a rank adds up in one optimizer step: its share of the global batch, rounded up.
-
-    Where ranks x micro-batch does not divide the global batch, the slots left over hold empty rows.
-    """
-    return -(-config.train.global_batch_size // (config.train.micro_batch_size * world_size))
+    """Micro-batches a rank adds up in one optimizer step: its share of the global batch."""
+    return micro_batches(config.train.global_batch_size, config.train.micro_batch_size, world_size)
 
 
 def compile_deepspeed(
@@ -106,7 +111,8 @@ def compile_deepspeed(
     if hidden_size is None and config.model.config is not None:
         found = config.model.config.get("hidden_size")
         hidden_size = found if isinstance(found, int) and found > 0 else None
-    compiled = {key: copy.deepcopy(value) for key, value in settings.items() if key not in known.OWNED}
+    given = {key: value for key, value in settings.items() if value is not None and key not in known.OWNED}
+    compiled = copy.deepcopy(given)
     compiled["zero_optimization"] = _resolved(
         compiled["zero_optimization"], "zero_optimization", device=device, hidden_size=hidden_size
     )
@@ -128,20 +134,13 @@ def compile_deepspeed(
 
 
 def zero_stage(settings: dict[str, Any]) -> int:
-    """The ZeRO stage of settings that `lint` accepted."""
+    """The ZeRO stage of what `compile_deepspeed` made."""
     return int(settings["zero_optimization"]["stage"])
 
 
-def offload_device(settings: dict[str, Any], what: Literal["optimizer", "param"]) -> Literal["none", "cpu", "nvme"]:
-    """Where optimizer states or parameters are kept when not in use; settings that `lint` accepted."""
-    section = settings["zero_optimization"].get(f"offload_{what}") or {}
-    device: Literal["none", "cpu", "nvme"] = section.get("device", "none")
-    return device
-
-
 def offloads_optimizer(settings: dict[str, Any]) -> bool:
-    """Whether optimizer states live outside the device."""
-    return offload_device(settings, "optimizer") != "none"
+    """Whether optimizer states live in the memory of the host; `settings` is what `compile_deepspeed` made."""
+    return _value(settings, "zero_optimization.offload_optimizer.device") not in (None, "none")
 
 
 def _is_path(name_or_path: str) -> bool:
@@ -245,15 +244,21 @@ def _meaning_problems(settings: dict[str, Any], place: str) -> list[str]:
         section = f"zero_optimization.offload_{what}"
         where = _value(settings, f"{section}.device")
         if where is None and _value(settings, section):
-            problems.append(f"{place}: {section}.device is missing; give cpu, nvme or none")
-        elif where not in (None, "none", "cpu", "nvme"):
-            problems.append(f"{place}: {section}.device must be cpu, nvme or none (got {where!r})")
-        if where in ("cpu", "nvme") and what == "param" and stage in (1, 2):
+            problems.append(f"{place}: {section}.device is missing; give cpu or none")
+        elif where == "nvme":
+            problems.append(
+                f"{place}: {section}.device is nvme; NVMe offload is not supported yet: checkpoints cannot read "
+                "swapped state; give cpu or none"
+            )
+        elif where not in (None, "none", "cpu"):
+            problems.append(f"{place}: {section}.device must be cpu or none (got {where!r})")
+        elif where == "cpu" and what == "param" and stage in (1, 2):
             problems.append(f"{place}: {section} needs stage 3; DeepSpeed would ignore it at stage {stage}")
-        if where == "nvme" and stage in (1, 2):
-            problems.append(f"{place}: {section}.device nvme needs stage 3")
-        if where == "nvme" and not _value(settings, f"{section}.nvme_path"):
-            problems.append(f"{place}: {section}.device is nvme but nvme_path is missing; name a local directory")
+    problems.extend(
+        f"{place}: {key} = {_value(settings, key)!r} is not supported: checkpoints cannot hold its state; remove it"
+        for key, harmless in known.UNSAVED.items()
+        if _value(settings, key) not in (None, *harmless)
+    )
     for key, reason in (
         ("zero_optimization.compute_grad_norm", "the gradient norm guards against non-finite steps"),
         ("bf16.check_grad_overflow", "the check guards against non-finite steps"),
@@ -274,13 +279,8 @@ def _device_problems(settings: dict[str, Any], place: str, device: Device) -> li
     wanted = [key for key in known.GPU_ONLY if _value(settings, key) not in (None, False, 0, "none")]
     if str(_value(settings, "checkpoint.writer.type")).lower() == "fast":
         wanted.append("checkpoint.writer.type")
-    wanted.extend(
-        f"zero_optimization.offload_{what}.device"
-        for what in ("param", "optimizer")
-        if _value(settings, f"zero_optimization.offload_{what}.device") == "nvme"
-    )
     return [
-        f"{place}: {key} = {_value(settings, key)!r} works on a CUDA device only, and this machine has none; remove it"
+        f"{place}: {key} = {_value(settings, key)!r} works on a CUDA device only, and this run has none; remove it"
         for key in wanted
     ]
 
@@ -295,13 +295,16 @@ def _value(settings: dict[str, Any], dotted: str) -> Any:
 
 
 def _resolved(section: dict[str, Any], name: str, *, device: Device, hidden_size: int | None) -> dict[str, Any]:
-    """`section` with every "auto" replaced, whole numbers as integers and pinned memory only where it exists."""
+    """`section` with every "auto" replaced, whole numbers as integers and pinned memory only where it exists.
+
+    null is "not given": such keys are left out.
+    """
     result: dict[str, Any] = {}
     for key, value in section.items():
         full = f"{name}.{key}"
         if isinstance(value, dict):
             result[key] = _resolved(value, full, device=device, hidden_size=hidden_size)
-        elif value != "auto":
+        elif value not in (None, "auto"):
             result[key] = int(value) if isinstance(value, float) and value.is_integer() else value
         elif full in known.AUTO:
             result[key] = known.AUTO[full](hidden_size)

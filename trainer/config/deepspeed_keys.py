@@ -210,13 +210,21 @@ AUTO: dict[str, Callable[[int | None], int]] = {
     "zero_optimization.stage3_param_persistence_threshold": lambda hidden: hidden * 10 if hidden else 100_000,
 }
 
+# What would keep state where checkpoints do not look for it, or in a layout they do not know; every value but null and
+# those named here is refused.
+UNSAVED: dict[str, tuple[float, ...]] = {
+    "zero_optimization.offload_optimizer.ratio": (1,),
+    "zero_optimization.offload_optimizer.super_offload": (False,),
+    "zero_optimization.zero_hpz_partition_size": (0, 1),
+    "zero_optimization.zenflow": (False,),
+    "data_types.grad_accum_dtype": (),
+}
+
 # What only a CUDA device can do, when the value is neither false nor 0.
 GPU_ONLY: tuple[str, ...] = (
     "zero_optimization.zero_quantized_weights",
     "zero_optimization.zero_quantized_nontrainable_weights",
     "zero_optimization.zero_quantized_gradients",
     "zero_optimization.stage3_module_granularity_threshold",
-    "zero_optimization.offload_optimizer.super_offload",
-    "zero_optimization.zenflow",
     "aio.use_gds",
 )

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from trainer.config.document import MAX_BYTES, KeyPath, dump, parse
-from trainer.config.schema import Config
+from trainer.config.schema import Config, Engine
 from trainer.config.words import hint, keys, sections
 from trainer.errors import ConfigError, MissingInputError
 
@@ -28,16 +28,23 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     return config_from_text(_read(path), str(path), overrides)
 
 
+def named_deepspeed(path: Path, overrides: Sequence[str] = ()) -> str | None:
+    """What `engine.deepspeed` of a configuration names, even when the rest is wrong; None when that cannot be said.
+
+    Raises MissingInputError as `load_config` does.
+    """
+    try:
+        values, _, _ = _merged(_read(path), str(path), overrides)
+    except ConfigError:
+        return None
+    engine = values.get("engine")
+    named = (engine if isinstance(engine, dict) else {}).get("deepspeed", Engine().deepspeed)
+    return named if isinstance(named, str) else None
+
+
 def config_from_text(text: str, name: str, overrides: Sequence[str] = ()) -> Config:
-    """The same for YAML text; `name` stands for the file in messages."""
-    document = parse(text, lambda line: f"{name}:{line}")
-    problems, places = document.problems, document.places
-    values = document.value if document.value is not None else {}
-    if not isinstance(values, dict):
-        problems.append(f"{name}:1: a configuration is a mapping of sections, e.g. 'run: {{dir: runs/mine}}'")
-        values = {}
-    for override in overrides:
-        _apply(override, values, places, problems)
+    """The same as `load_config` for YAML text; `name` stands for the file in messages."""
+    values, places, problems = _merged(text, name, overrides)
     for section in sections():
         # An empty section (all its keys commented out) is a section of defaults, and a missing one misses its
         # required keys, which says more than "run is missing".
@@ -74,6 +81,19 @@ def _read(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise ConfigError([f"{path}:{line}: not UTF-8 text ({error.reason}); save the file as UTF-8"]) from error
+
+
+def _merged(text: str, name: str, overrides: Sequence[str]) -> tuple[dict[str, Any], dict[KeyPath, str], list[str]]:
+    """The document with `overrides` applied, where each key was written, and what was wrong so far."""
+    document = parse(text, lambda line: f"{name}:{line}")
+    problems, places = document.problems, document.places
+    values = document.value if document.value is not None else {}
+    if not isinstance(values, dict):
+        problems.append(f"{name}:1: a configuration is a mapping of sections, e.g. 'run: {{dir: runs/mine}}'")
+        values = {}
+    for override in overrides:
+        _apply(override, values, places, problems)
+    return values, places, problems
 
 
 def _apply(override: str, values: dict[str, Any], places: dict[KeyPath, str], problems: list[str]) -> None:

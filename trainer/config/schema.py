@@ -116,6 +116,15 @@ class Train(Section):
     max_skipped_steps: Count = 10
     """Steps in a row that may be skipped for a non-finite gradient before the run stops with exit code 78."""
 
+    @model_validator(mode="after")
+    def _micro_batch_fits(self) -> Train:
+        if self.micro_batch_size > self.global_batch_size:
+            raise ValueError(
+                f"train.micro_batch_size ({self.micro_batch_size}) is larger than train.global_batch_size "
+                f"({self.global_batch_size}): most rows of every step would be empty"
+            )
+        return self
+
 
 class Engine(Section):
     """DeepSpeed."""
@@ -123,7 +132,7 @@ class Engine(Section):
     deepspeed: str = "zero2"
     """A file of configs/ds/ by name (zero1, zero2, zero3, zero3-offload-cpu, ...) or a path to a DeepSpeed JSON."""
     timeout_seconds: Count = 600
-    """Bound on every collective: a lost or stuck rank ends the run after this time."""
+    """Bound on every wait for other ranks: a lost or stuck rank ends the run after this time."""
 
 
 class Checkpoint(Section):

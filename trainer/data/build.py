@@ -65,11 +65,6 @@ class SourceReport:
     first_empty_answer: str = ""
     windows_dropped: int = 0
 
-    @property
-    def supervised_share(self) -> float:
-        """Share of tokens that are supervised."""
-        return self.supervised_tokens / self.tokens if self.tokens else 0.0
-
 
 @dataclass(frozen=True)
 class BuildReport:

@@ -15,11 +15,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.config.deepspeed import micro_batches
 from trainer.data.order import rows_at
 from trainer.data.packing import RowPlan
 from trainer.data.reader import TokenStore
 from trainer.errors import DataError
 
+# The target of a position that predicts nothing; torch's losses ignore it by default.
 IGNORED = -100
 LENGTH_MULTIPLE = 16
 EMPTY_ROW = -1
@@ -29,8 +31,9 @@ EMPTY_ROW = -1
 class MicroBatch:
     """One rank's rows of one micro-batch; three int64 arrays [micro_batch, length].
 
-    `targets[i, t]` is the id that position t must predict (already shifted), or -100. A target never crosses a sample's
-    border. `position_ids` restart at 0 with every sample, and in the padded tail, which is a segment of its own.
+    `targets[i, t]` is the id that position t must predict (already shifted), or IGNORED. A target never crosses the
+    border of a sample. `position_ids` restart at 0 with every sample, and in the padded tail, which is a segment of its
+    own.
     """
 
     input_ids: NDArray[np.int64]
@@ -94,11 +97,6 @@ class Feed:
         self._world_size = world_size
         self._position = 0
 
-    @property
-    def accumulation_steps(self) -> int:
-        """Micro-batches of a step on every rank."""
-        return -(-self._global_batch_size // (self._world_size * self._micro_batch_size))
-
     def next_step(self) -> StepBatch:
         """The next step; moves the position by one global batch."""
         position, plan = self._position, self._plan
@@ -147,10 +145,10 @@ def evaluation_batches(
 
 def _deal(rows: NDArray[np.int64], micro_batch_size: int, rank: int, world_size: int) -> Iterator[NDArray[np.int64]]:
     """This rank's rows, micro-batch by micro-batch; slots beyond the rows are EMPTY_ROW."""
-    share = world_size * micro_batch_size
-    slots = np.full(-(-len(rows) // share) * share, EMPTY_ROW, dtype=np.int64)
-    slots[: len(rows)] = rows
-    yield from slots.reshape(-1, world_size, micro_batch_size)[:, rank]
+    count = micro_batches(len(rows), micro_batch_size, world_size)
+    slots = np.full((count, world_size, micro_batch_size), EMPTY_ROW, dtype=np.int64)
+    slots.reshape(-1)[: len(rows)] = rows
+    yield from slots[:, rank]
 
 
 def make_micro_batch(store: TokenStore, plan: RowPlan, rows: Sequence[int] | NDArray[np.int64]) -> MicroBatch:

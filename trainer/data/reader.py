@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,8 +58,9 @@ def content_fingerprint(manifest: Mapping[str, Any]) -> str:
 
 
 class TokenStore:
-    """A token store opened for reading: memory maps, no copies, safe to share between processes.
+    """A token store opened for reading: every file is a memory map, of which only what is used is read.
 
+    Documents and the stored plan are views of these maps; only `compute_plan` makes arrays over all documents.
     `path` is its directory, `manifest` its manifest, `fingerprint` names its content (see `content_fingerprint`).
     """
 
@@ -66,15 +69,12 @@ class TokenStore:
         self.manifest = manifest
         self.fingerprint: str = content_fingerprint(manifest)
         names = [file["name"] for file in manifest["files"] if file["name"].startswith("tokens/")]
-        self._shards = [read_arrays(path / name) for name in names]
+        with _read_errors(path):
+            self._shards = [read_arrays(path / name) for name in names]
         counts = [len(shard["document_offsets"]) - 1 for shard in self._shards]
         self._first_document = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        self._document_offsets = _joined_offsets([shard["document_offsets"] for shard in self._shards])
-        self._span_offsets = _joined_offsets([shard["span_offsets"] for shard in self._shards])
-        self._spans = _joined([shard["loss_spans"] for shard in self._shards])
-        if len(self._document_offsets) - 1 != manifest["documents"]:
-            raise DataError(f"{path} has {len(self._document_offsets) - 1} documents, its manifest says "
-                            f"{manifest['documents']}", REBUILD)  # fmt: skip
+        if (found := int(self._first_document[-1])) != manifest["documents"]:
+            raise DataError(f"{path} has {found} documents, its manifest says {manifest['documents']}", REBUILD)
 
     @property
     def tokenizer_path(self) -> Path:
@@ -114,11 +114,6 @@ class TokenStore:
         spans = shard["loss_spans"][int(span_offsets[local]) : int(span_offsets[local + 1])]
         return ids, spans
 
-    def source(self, index: int) -> int:
-        """Number of the source a document came from, an index into manifest["sources"]."""
-        shard, local = self._locate(index)
-        return int(shard["source"][local])
-
     def place(self, index: int) -> str:
         """`file:line` of the row a document was made from."""
         shard, local = self._locate(index)
@@ -140,7 +135,8 @@ class TokenStore:
         check_window(length, overlap)
         stored = f"plans/{plan_name(length, overlap, packing)}"
         if any(file["name"] == stored for file in self.manifest["files"]):
-            arrays = read_arrays(self.path / stored)
+            with _read_errors(self.path):
+                arrays = read_arrays(self.path / stored)
             return RowPlan(
                 **{name: arrays[name] for name in PLAN_ARRAYS},
                 sequence_length=length,
@@ -155,11 +151,11 @@ class TokenStore:
         return plan
 
     def compute_plan(self, sequence_length: int, overlap: int, packing: bool) -> RowPlan:
-        """The plan from the documents, never from the stored one."""
+        """The plan from the documents, never from the stored one; reads the offsets and spans of all of them."""
         return plan_rows(
-            self._document_offsets,
-            self._spans,
-            self._span_offsets,
+            _joined_offsets([shard["document_offsets"] for shard in self._shards]),
+            np.concatenate([shard["loss_spans"] for shard in self._shards]),
+            _joined_offsets([shard["span_offsets"] for shard in self._shards]),
             sequence_length=sequence_length,
             overlap=overlap,
             packing=packing,
@@ -177,17 +173,20 @@ def default_overlap(sequence_length: int) -> int:
     return max(1, sequence_length // 8)
 
 
-def open_store(path: Path | str, verify: bool = True) -> TokenStore:
+def open_store(path: Path | str, verify: bool = True, rank: int = 0, world_size: int = 1) -> TokenStore:
     """Open the store at `path`; with `verify` every file's size and xxh3 are checked first (8 GiB/s).
 
+    Ranks that open it together share the checking: rank r checks the files r, r + world_size, ... of the manifest.
+    Together they check every file once, and only one of them finds a damaged one.
+
     Raises:
-        MissingInputError: nothing there, or no store.
+        MissingInputError: nothing there, no store, or one that cannot be read (too many open files, no permission).
         DataError: the manifest or a file is damaged or missing; the message names it.
     """
     path = Path(path)
     manifest = read_manifest(path)
     if verify:
-        _check_files(path, manifest["files"], thorough=False)
+        _check_files(path, manifest["files"][rank::world_size], thorough=False)
     return TokenStore(path, manifest)
 
 
@@ -219,7 +218,8 @@ def verify_store(path: Path | str) -> VerifyReport:
     for file in manifest["files"]:
         if not file["name"].startswith("tokens/"):
             continue
-        arrays = read_arrays(path / file["name"])
+        with _read_errors(path):
+            arrays = read_arrays(path / file["name"])
         _check_shard(path / file["name"], arrays, store.vocabulary_size)
         tokens += len(arrays["ids"])
         spans = arrays["loss_spans"].astype(np.int64)
@@ -247,7 +247,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if not file.is_file():
         raise MissingInputError(f"{path} is no token store (no {MANIFEST})", "build one: steadfast data build --help")
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        with _read_errors(file):
+            manifest = json.loads(file.read_text(encoding="utf-8"))
         expected = manifest["body_sha256"]
         actual = body_hash(manifest)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -261,6 +262,20 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return dict(manifest)
 
 
+@contextmanager
+def _read_errors(path: Path) -> Iterator[None]:
+    """Say of an OSError raised while reading the store or file `path` what it is: no damage, and no bug of ours."""
+    try:
+        yield
+    except OSError as error:
+        place = error.filename or path
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise MissingInputError(
+                f"cannot open {place}: too many open files", "raise the limit: ulimit -n 65536"
+            ) from error
+        raise MissingInputError(f"cannot read {place}: {error.strerror or error}", "check it and its disk") from error
+
+
 def _check_files(path: Path, files: Sequence[Mapping[str, Any]], *, thorough: bool) -> None:
     for entry in files:
         file = path / entry["name"]
@@ -269,7 +284,8 @@ def _check_files(path: Path, files: Sequence[Mapping[str, Any]], *, thorough: bo
         size = file.stat().st_size
         if size != entry["bytes"]:
             raise DataError(f"{file} is damaged: {size} bytes instead of {entry['bytes']}", REBUILD)
-        intact = sha256_of_file(file) == entry["sha256"] if thorough else xxh3_of_file(file) == entry["xxh3"]
+        with _read_errors(file):
+            intact = sha256_of_file(file) == entry["sha256"] if thorough else xxh3_of_file(file) == entry["xxh3"]
         if not intact:
             raise DataError(f"{file} is damaged: its checksum does not match the manifest", REBUILD)
 
@@ -292,10 +308,6 @@ def _check_plan(store: TokenStore) -> None:
     for name in PLAN_ARRAYS:
         if not np.array_equal(getattr(stored, name), getattr(computed, name)):
             raise DataError(f"{store.path}: the stored plan does not fit the documents ({name})", REBUILD)
-
-
-def _joined(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _joined_offsets(parts: Sequence[NDArray[np.uint64]]) -> NDArray[np.uint64]:

@@ -20,7 +20,6 @@ from typing import Any
 from trainer.data.sources import RawRow, name_of_type
 from trainer.errors import DataError
 
-FORMATS = ("alpaca", "messages", "sharegpt")
 ROLES = ("system", "user", "assistant", "tool")
 SHAREGPT_ROLES = {
     "human": "user",

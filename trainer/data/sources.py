@@ -44,8 +44,7 @@ def read_rows(path: Path) -> Iterator[RawRow]:
         MissingInputError: nothing is at `path`.
         DataError: an unreadable encoding, bad JSON, a row that is no object, a limit exceeded, no rows at all.
     """
-    if not path.exists():
-        raise MissingInputError(f"there is no input {path}", "check the path given with --input")
+    require_input(path)
     if path.is_dir():
         rows = _rows_of_saved_dataset(path)
     else:
@@ -61,8 +60,9 @@ def read_rows(path: Path) -> Iterator[RawRow]:
 
 def read_lines(path: Path) -> Iterator[str]:
     """Lines of a plain text file, strict UTF-8, without their line ends."""
-    if not path.is_file():
-        raise MissingInputError(f"there is no file {path}", "check the path given with --input")
+    require_input(path)
+    if path.is_dir():
+        raise MissingInputError(f"{path} is a directory, not a text file", "check the path given with --input")
     with path.open("rb") as stream:
         number = 0
         while raw := stream.readline(MAX_ROW_BYTES + 2):
@@ -70,6 +70,19 @@ def read_lines(path: Path) -> Iterator[str]:
             if len(raw) > MAX_ROW_BYTES + 1:
                 raise _too_long(f"{path}:{number}")
             yield _decode(raw.removeprefix(BYTE_ORDER_MARK) if number == 1 else raw, str(path), number).rstrip("\r\n")
+
+
+def require_input(path: Path) -> None:
+    """Refuse what is not there, and pipes and devices: an input is read more than once, so parts would be lost.
+
+    Raises:
+        MissingInputError: no file or directory is at `path`.
+    """
+    if path.is_file() or path.is_dir():
+        return
+    if path.exists():
+        raise MissingInputError(f"{path} is a pipe or a device, not a file", "write it to a file first")
+    raise MissingInputError(f"there is no input {path}", "check the path given with --input")
 
 
 def name_of_type(value: object) -> str:

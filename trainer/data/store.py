@@ -6,7 +6,7 @@
         document_offsets  uint64 [documents + 1]        where each begins in ids
         loss_spans        uint32 [spans, 2]             supervised (start, stop), relative to the document
         span_offsets      uint64 [documents + 1]        where each document's spans begin
-        document_hash     uint64 [documents]            xxh3 of ids and spans
+        document_hash     uint64 [documents]            xxh3 of ids and spans; unread, kept for de-duplication
         source, line      uint16, uint32 [documents]    index into manifest["sources"], line of the row
     OUT/plans/plan-<sequence length>-<overlap>-<packed|single>.safetensors    the arrays of `packing.RowPlan`
     OUT/tokenizer/                        copy of the tokenizer, so the store is complete by itself

@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import resource
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 from trainer.errors import UsageError
@@ -120,6 +121,11 @@ def set_generator_states(kind: DeviceType, states: dict[str, Any]) -> None:
     torch.set_rng_state(torch.from_numpy(states["torch"].copy()))
     if kind == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(torch.from_numpy(states["cuda"].copy()))
+
+
+def memory_probe(kind: DeviceType) -> Callable[[], float]:
+    """A function that gives `peak_memory_gib` of this rank."""
+    return partial(peak_memory_gib, kind)
 
 
 def peak_memory_gib(kind: DeviceType) -> float:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.schema import Model
-from trainer.errors import ConfigError, DataError, MissingInputError
+from trainer.durable import write_errors
+from trainer.errors import CannotWriteError, ConfigError, DataError, MissingInputError
 from trainer.tensor_file import TensorFile
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -30,6 +31,7 @@ def write_initial_model(
     has a key its architecture does not know, or describes no model.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     settings = dict(model.config or {})
@@ -53,8 +55,14 @@ def write_initial_model(
         raise ConfigError([f"model.config describes no {model_type} model: {_first_sentence(error)}"]) from error
     temporary = out.with_name(f".tmp-{out.name}")
     shutil.rmtree(temporary, ignore_errors=True)
-    network.save_pretrained(temporary)
-    temporary.rename(out)
+    try:
+        with write_errors(out):
+            network.save_pretrained(temporary)
+            temporary.rename(out)
+    except SafetensorError as error:
+        raise CannotWriteError(f"cannot write {out}: {error}", "free disk space or set another run.dir") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def load_language_model(path: Path, *, dtype: str, attention: str, gradient_checkpointing: bool) -> Any:
@@ -170,5 +178,5 @@ def _unknown_key(key: str, model_type: str, known: dict[str, Any]) -> str:
 
 
 def _first_sentence(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return lines[0].split(". ", maxsplit=1)[0]
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text.split(". ", maxsplit=1)[0][:300]
