@@ -54,12 +54,12 @@ def run(arguments: argparse.Namespace) -> int:
     _say("1/8", "an instruction set in two languages, every answer checkable")
     from tools.instructions import write_instructions
 
-    write_instructions(out / "data", seed=1, records=10_000, held_out=300)
-    print(f"{out}/data/train.jsonl (10,000 records), {out}/data/held_out.jsonl (300 prompts, none of them trained on)")
+    write_instructions(out / "data", seed=1, records=12_000, held_out=300)
+    print(f"{out}/data/train.jsonl (12,000 records), {out}/data/held_out.jsonl (300 prompts, none of them trained on)")
 
     _say("2/8", "a SentencePiece tokenizer")
     data = out / "data/train.jsonl"
-    _steadfast("tokenizer", "train", "--input", data, "--vocab-size", 1024, "-o", out / "tokenizer")
+    _steadfast("tokenizer", "train", "--input", data, "--vocab-size", 1600, "-o", out / "tokenizer")
 
     _say("3/8", "token stores: long sessions become overlapping windows, every supervised token a target once")
     build = ("--tokenizer", out / "tokenizer", "--sequence-length", 256, "--overlap", 64)
