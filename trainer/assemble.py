@@ -48,7 +48,8 @@ def train(config: Config, world: World, stop: StopFlag) -> None:
     lock = run.lock() if world.is_first else None
     collectives.join(world, devices.communication_backend(kind), config.engine.timeout_seconds)
     train_joined(config, world, stop, run, kind)
-    collectives.leave()
+    # All ranks end together, after rank 0 has closed the record. The process group is left standing: the process ends.
+    collectives.barrier()
     if lock is not None:
         lock.close()
 

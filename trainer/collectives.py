@@ -36,12 +36,6 @@ def bound_all_groups(timeout_seconds: int) -> None:
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_seconds), group)
 
 
-def leave() -> None:
-    """Dissolve the process group; all ranks call it after their last collective."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 def add_up(values: Sequence[float]) -> list[float]:
     """Element-wise sum over all ranks, in float64."""
     tensor = torch.tensor(values, dtype=torch.float64)
