@@ -103,7 +103,10 @@ def _warn(config: Config, device: Device) -> None:
 
 
 def _be_a_rank(config: Config, world: World, *, show_traceback: bool) -> int:
-    """Train as one rank and end the process with its exit code. The launcher (if ours) decides what Ctrl-C means and takes us along when it dies."""
+    """Train as one rank and end the process with its exit code.
+
+    The launcher (if ours) decides what Ctrl-C means, and takes us along when it dies.
+    """
     if os.environ.get(LAUNCHER_PID):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         if (reason := die_with_parent(int(os.environ[LAUNCHER_PID]))) is not None and world.is_first:
