@@ -186,7 +186,7 @@ def test_without_the_key_only_health_and_ready_answer(server: Server) -> None:
     [
         (b"{", {}, 400, "JSON"),
         (b"x" * (2 << 20), {}, 413, "larger"),
-        (b"{}", {"Content-Type": "text/plain"}, 415, "application/json"),
+        (b"{}", {"Content-Type": "text/plain"}, 400, "messages"),
         (json.dumps({"messages": ask("y" * CONTEXT)}).encode(), {}, 400, "do not fit"),
         (json.dumps({"messages": ask("y" * (CONTEXT - 60)), "max_tokens": 90}).encode(), {}, 400, "do not fit"),
         (json.dumps({"messages": ask("y"), "max_tokens": 1025}).encode(), {}, 400, "1024"),
@@ -238,6 +238,8 @@ def test_a_request_that_runs_at_sigterm_is_finished_and_new_ones_are_refused(pla
     server = start(plain.parent / "int8", "--max-new-tokens", str(LONG))
     assert server.about["weights"] == "int8"
     assert not server.about["api_key"]
+    # Without a key only what a browser would ask about first keeps web pages of other origins out.
+    assert server.post(b"{}", **{"Content-Type": "text/plain"}).status == 415
     expected = greedy_text(plain.parent / "int8", "Hi", LONG)
     stream = server.client().chat.completions.create(model="int8", messages=ask("Hi"), max_tokens=LONG, stream=True)
     parts, refused = [], []

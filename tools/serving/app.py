@@ -27,7 +27,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 def make_app(service: Service, api_key: str | None) -> web.Application:
     """The web application of a service; with `api_key` every route but /health and /ready asks for it."""
-    routes = _Routes(service)
+    routes = _Routes(service, open_to_all=api_key is None)
     app = web.Application(
         client_max_size=service.limits.max_body_bytes, middlewares=[_errors, _authentication(api_key)]
     )
@@ -39,8 +39,9 @@ def make_app(service: Service, api_key: str | None) -> web.Application:
 
 
 class _Routes:
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, *, open_to_all: bool) -> None:
         self._service = service
+        self._open_to_all = open_to_all
         self._started = int(time.time())
 
     async def health(self, request: web.Request) -> web.Response:
@@ -61,8 +62,8 @@ class _Routes:
         started = time.monotonic()
         self._service.admit()
         try:
-            if request.content_type != "application/json":
-                # Also keeps web pages of other origins out: a browser asks before it sends this type.
+            if self._open_to_all and request.content_type != "application/json":
+                # Keeps web pages of other origins out where no key does: a browser asks before it sends this type.
                 raise RequestError(415, "the content type is not application/json")
             chat = parse_chat_request(await request.read(), self._service.name, self._service.defaults)
             ids, max_new_tokens = await self._service.prompt(chat)
