@@ -41,7 +41,7 @@ class Manifest:
     buffers: dict[str, dict[str, Any]]
     """Persistent buffer name to {shape, dtype of the live model}."""
     identity: dict[str, str]
-    """Fingerprints a resumed run must share (see trainer.checkpoint.resume)."""
+    """Fingerprints a resumed run must share (see trainer.prepare.run_identity)."""
     provenance: dict[str, Any]
     """Where it came from: tokens seen, versions, data source, time."""
     format: int = FORMAT

@@ -158,11 +158,7 @@ class Encoder:
                 messages, tools=tools, tokenize=False, add_generation_prompt=prompt
             )
         except Exception as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise DataError(
-                f"{conversation.place}: the chat template refuses this conversation: {reason}",
-                "change the row, or use a tokenizer whose template takes such conversations",
-            ) from error
+            raise _template_refuses(conversation, error) from error
         return str(text)
 
     def _render_marked(
@@ -181,11 +177,7 @@ class Encoder:
                 **self.tokenizer.special_tokens_map,
             )
         except Exception as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise DataError(
-                f"{conversation.place}: the chat template refuses this conversation: {reason}",
-                "change the row, or use a tokenizer whose template takes such conversations",
-            ) from error
+            raise _template_refuses(conversation, error) from error
         return texts[0], spans[0]
 
     def _check_expressible(self, conversation: Conversation) -> None:
@@ -351,6 +343,14 @@ class Encoder:
 @lru_cache(maxsize=4)
 def _encoder_of(tokenizer: Any) -> Encoder:
     return Encoder(tokenizer)
+
+
+def _template_refuses(conversation: Conversation, error: Exception) -> DataError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return DataError(
+        f"{conversation.place}: the chat template refuses this conversation: {reason}",
+        "change the row, or use a tokenizer whose template takes such conversations",
+    )
 
 
 def encode_conversation(tokenizer: Any, conversation: Conversation) -> list[Encoded]:
