@@ -1,0 +1,259 @@
+"""How a token store is built: everything that decides its content, as one frozen document.
+
+`steadfast data build` makes a recipe from a YAML file, `section.key=value` words and its options; the resolved recipe
+is part of the store's manifest. Two builds with the same recipe and the same inputs give the same bytes, whatever the
+number of worker processes, which is therefore no part of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from trainer.config.load import document_from_text, load_document
+from trainer.config.schema import Count, CountOrZero, Flag, Fraction, NonNegativeFloat, PositiveFloat, Section
+from trainer.data.packing import LongText
+
+Format = Literal["alpaca", "sharegpt", "messages", "completion", "text", "preference", "tokens"]
+Script = Literal["han", "latin", "kana", "hangul", "cyrillic", "arabic", "other"]
+PiiKind = Literal["email", "phone", "cn_mobile", "cn_id", "card", "iban", "ipv4", "ipv6", "api_key"]
+
+
+class Source(Section):
+    """One named input: files that are read alike and can be weighted together."""
+
+    path: str | list[str]
+    """Files, directories, globs or URLs (http, s3, ...)."""
+    name: str | None = None
+    """Name in reports and mixtures; default: the file's name without its endings."""
+    format: Format | None = None
+    """What a row means; default: detected from each file's first row."""
+    map: dict[str, str] = Field(default={})
+    """Columns under other names: {prompt: question, completion: answer}."""
+    documents: Literal["file", "line", "paragraph"] = "file"
+    """What one document of a plain text file is."""
+
+    @property
+    def patterns(self) -> list[str]:
+        """The paths as a list."""
+        return [self.path] if isinstance(self.path, str) else list(self.path)
+
+
+class Rows(Section):
+    """Rows of training: how long, packed or not, and what happens to documents that do not fit."""
+
+    sequence_length: Count
+    """Tokens in a row. Another length later only makes a new plan: nothing is tokenised again."""
+    packing: Flag = True
+    """Put several samples into one row (they cannot see each other)."""
+    long_text: LongText = "windows"
+    """Documents longer than a window: cut into windows, truncated, dropped, or refused."""
+
+
+class Windows(Section):
+    """Overlapping windows of long documents; every supervised token is a target exactly once."""
+
+    length: Count | None = None
+    """Tokens in a window; default: the sequence length."""
+    overlap: Count | None = None
+    """Tokens that neighbouring windows share; default: an eighth of the window."""
+    pin_prefix: Flag = False
+    """Repeat the system message (or the instruction of an alpaca row) unsupervised at the head of every window."""
+
+
+class Mask(Section):
+    """What is trained on. Flags of single messages (weight, train) always win."""
+
+    train_on: Literal["all", "last"] = "all"
+    """All assistant turns of a conversation, or the last one only."""
+
+
+class BadRows(Section):
+    """Rows that cannot be read, or not with this tokenizer and template."""
+
+    policy: Literal["fail", "skip", "quarantine"] = "fail"
+    """Stop at the first one, leave them out, or leave them out and keep their bytes in reports/quarantine.jsonl."""
+    budget: NonNegativeFloat = 0.01
+    """The build fails beyond this many bad rows: below 1 a share of all rows, else a number."""
+
+
+class Clean(Section):
+    """Missing and abnormal values."""
+
+    missing: Literal["keep", "drop", "fail"] = "keep"
+    """Rows with an empty or placeholder text ("N/A"), broken characters or endless repetition."""
+    unicode_nfc: Flag = False
+    """Compose characters (Unicode NFC)."""
+    strip_control: Flag = False
+    """Remove control characters except tab and line ends."""
+    pii: list[PiiKind] = Field(default=[])
+    """Kinds of personal data that become placeholders like [EMAIL]."""
+    pii_salt: str = ""
+    """With a salt equal values get equal placeholders: [EMAIL_1a2b3c4d]."""
+
+
+class Keep(Section):
+    """Which rows are kept; the others are counted by reason."""
+
+    min_characters: CountOrZero = 0
+    """Shortest conversation, characters of its user and assistant texts."""
+    max_characters: Count | None = None
+    """Longest conversation."""
+    min_answer_characters: CountOrZero = 0
+    """Shortest answer."""
+    scripts: list[Script] = Field(default=[])
+    """Writing systems a text must mainly consist of."""
+    script_share: Fraction = 0.8
+    """Share of the letters that must be of these scripts."""
+    hook: str | None = None
+    """Your own function `module:function`, called with the text; true keeps the row."""
+
+
+class Duplicates(Section):
+    """Rows whose user and assistant texts were there before."""
+
+    exact: Literal["keep", "drop"] = "keep"
+    """Same text after Unicode and white-space normalisation. Kept ones are counted too."""
+    near: Literal["off", "keep", "drop"] = "off"
+    """Similar text (MinHash over 5-word shingles). `keep` finds and counts them, and splits by their clusters."""
+    threshold: Annotated[PositiveFloat, Field(le=1)] = 0.8
+    """Similarity (Jaccard) from which two rows are near duplicates."""
+
+
+class Decontaminate(Section):
+    """Rows that contain text of evaluation files are left out."""
+
+    against: list[str] = Field(default=[])
+    """Evaluation files, in any readable format."""
+    max_share: Fraction = 0.0
+    """Share of a row's words that may stand in runs of 13 words (20 characters of Han text) of the evaluation files."""
+
+
+class Split(Section):
+    """Several stores from one build. A group of rows that belong together is never torn apart."""
+
+    shares: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(default={})
+    """E.g. {train: 0.98, validation: 0.01, test: 0.01}; each becomes a store OUT/<name>, the first is trained on."""
+    folds: Annotated[int, Field(ge=0)] = 0
+    """Instead of shares: K pairs of stores OUT/fold-0/train and OUT/fold-0/validation, ... for cross-validation."""
+    group_by: str | None = None
+    """Column whose equal values stay together (a document or user id); default: near-duplicate clusters, else texts."""
+    stratify_by: Literal["source", "label"] | None = None
+    """Keep the shares within every source or label."""
+    time_column: str | None = None
+    """Split by time instead: the oldest rows train, the newest test."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Split:
+        if self.shares and self.folds:
+            raise ValueError("give either split.shares or split.folds")
+        if self.folds == 1:
+            raise ValueError("split.folds: 1 is no split; give 2 or more")
+        if self.shares and abs(sum(self.shares.values()) - 1) > 1e-6:
+            raise ValueError(f"split.shares add up to {sum(self.shares.values()):g} instead of 1")
+        if self.shares and not all(name.replace("-", "").replace("_", "").isalnum() for name in self.shares):
+            raise ValueError("names in split.shares are directory names: letters, digits, '-' and '_'")
+        if self.time_column and (self.folds or self.stratify_by or self.group_by):
+            raise ValueError("split.time_column goes with split.shares only")
+        if (self.group_by or self.stratify_by or self.time_column) and not (self.shares or self.folds):
+            raise ValueError("give split.shares or split.folds")
+        return self
+
+
+class Label(Section):
+    """A column that says what kind of row it is, for stratified splits and class balance."""
+
+    column: str | None = None
+    """Name of the column."""
+    values: list[str] = Field(default=[])
+    """All labels that may occur; another one is a bad row. Default: whatever occurs."""
+
+
+class Augment(Section):
+    """Changed copies of rows, for the training split only. User texts change, assistant texts never do."""
+
+    copies: CountOrZero = 0
+    """Changed copies of every row."""
+    swap: Fraction = 0.0
+    """Share of words that change places."""
+    drop: Fraction = 0.0
+    """Share of words that are left out."""
+    synonyms: str | None = None
+    """File of synonyms, one set a line, separated by tabs."""
+    replace: Fraction = 0.0
+    """Share of words replaced by one of their synonyms."""
+
+
+class Balance(Section):
+    """Unequal numbers of rows per label (or per source, without labels)."""
+
+    method: Literal["none", "over", "under"] = "none"
+    """Repeat the rare ones, or leave out some of the frequent ones."""
+    ratio: Annotated[Fraction, Field(gt=0)] = 1.0
+    """Size to reach, as a share of the largest (over) or, inverted, of the smallest class (under)."""
+
+
+class Limits(Section):
+    """Thresholds that fail the build: shares between 0 and 1, per source."""
+
+    min_supervised: Fraction = 0.0
+    """Supervised share of the tokens."""
+    max_truncated: Fraction = 1.0
+    """Share of the supervised tokens lost to truncation or dropping."""
+    max_without_answer: Fraction = 1.0
+    """Share of the rows in which nothing is supervised."""
+
+
+class Recipe(Section):
+    """A whole build."""
+
+    sources: Annotated[list[Source], Field(min_length=1)]
+    """The inputs."""
+    tokenizer: str
+    """Local directory with tokenizer and chat template."""
+    rows: Rows
+    windows: Windows = Windows()
+    mask: Mask = Mask()
+    bad_rows: BadRows = BadRows()
+    clean: Clean = Clean()
+    keep: Keep = Keep()
+    duplicates: Duplicates = Duplicates()
+    decontaminate: Decontaminate = Decontaminate()
+    split: Split = Split()
+    label: Label = Label()
+    augment: Augment = Augment()
+    balance: Balance = Balance()
+    limits: Limits = Limits()
+    seed: CountOrZero = 0
+    """Seed of splits, balance and augmentation."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Recipe:
+        window = self.windows.length or self.rows.sequence_length
+        if window > self.rows.sequence_length:
+            raise ValueError(f"windows.length {window} is longer than rows.sequence_length {self.rows.sequence_length}")
+        if self.split.stratify_by == "label" and self.label.column is None:
+            raise ValueError("split.stratify_by: label needs label.column")
+        if self.label.values and self.label.column is None:
+            raise ValueError("label.values needs label.column")
+        if self.augment.copies and not (self.augment.swap or self.augment.drop or self.augment.replace):
+            raise ValueError("augment.copies needs augment.swap, augment.drop or augment.replace")
+        if self.augment.replace and self.augment.synonyms is None:
+            raise ValueError("augment.replace needs augment.synonyms, a file")
+        names = [source.name for source in self.sources if source.name]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two sources have the name {twice[0]!r}")
+        return self
+
+
+def load_recipe(path: Path | None, words: Sequence[str] = ()) -> Recipe:
+    """The recipe of a YAML file (None: all of it is in the words) with `section.key=value` words applied in order.
+
+    Raises ConfigError with every problem found, or MissingInputError when the file cannot be opened.
+    """
+    if path is None:
+        return document_from_text("", "the command line", words, Recipe)
+    return load_document(path, words, Recipe)
