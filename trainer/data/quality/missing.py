@@ -12,6 +12,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from itertools import islice
 
+import numpy as np
+
 from trainer.data.quality.text import turns_of
 from trainer.data.records import Conversation, Record
 
@@ -26,49 +28,10 @@ REASONS = (
     "html_escapes",
 )
 PLACEHOLDERS = frozenset(
-    [
-        "nan",
-        "n/a",
-        "na",
-        "nil",
-        "null",
-        "none",
-        "undefined",
-        "todo",
-        "tbd",
-        "tba",
-        "fixme",
-        "missing",
-        "#n/a",
-        "#ref!",
-        "#value!",
-        "<na>",
-        "<null>",
-        "<none>",
-        "(null)",
-        "(none)",
-        "[deleted]",
-        "[removed]",
-        "[empty]",
-        "-",
-        "--",
-        "---",
-        "—",
-        "–",
-        "?",
-        "??",
-        ".",
-        "..",
-        "...",
-        "…",
-        "_",
-        "/",
-        "\\",
-        "无",
-        "空",
-        "暂无",
-        "待补充",
-    ]
+    """
+    nan n/a na nil null none undefined todo tbd tba fixme missing #n/a #ref! #value! <na> <null> <none> (null) (none)
+    [deleted] [removed] [empty] - -- --- — – ? ?? . .. ... … _ / \\ 无 空 暂无 待补充
+    """.split()  # noqa: SIM905 (a table of words reads better than forty lines of one)
 )
 
 # C0 but tab, line feed and carriage return; DEL; C1; the byte order mark; the non-characters U+FFFE and U+FFFF.
@@ -81,6 +44,7 @@ _MOJIBAKE = re.compile(
     "â€|ï»¿|(?<![A-ZÀ-Þ])(?:Ã[\u0080-\u009f\u00a1-\u00a9\u00ab-\u00ba\u00bc-\u00bf]|Â[\u00a0-\u00a9\u00ab-\u00b6\u00b8-\u00ba\u00bf])"
     "|[à-ï][\u0080-\u009f\u00a1-\u00aa\u00ac-\u00b6\u00b8-\u00ba\u00bc-\u00bf]{2}"
 )
+_MOJIBAKE_LEAD = re.compile("[ÂÃà-ï]")  # most texts have none, and one class is searched eight times as fast
 _HTML_ESCAPE = re.compile(r"&(?:amp|lt|gt|quot|apos|nbsp|#\d{1,7}|#[xX][0-9a-fA-F]{1,6});")
 _HTML_TAG = re.compile(r"</?[A-Za-z][^<>]*>")
 
@@ -111,7 +75,7 @@ def abnormality(text: str, limits: AbnormalLimits = AbnormalLimits()) -> str | N
         return "placeholder"
     if text.count("\ufffd") >= limits.replacement_characters:
         return "replacement_characters"
-    if _at_least(_MOJIBAKE, text, limits.mojibake):
+    if _MOJIBAKE_LEAD.search(text) and _at_least(_MOJIBAKE, text, limits.mojibake):
         return "mojibake"
     if _at_least(_CONTROL, text, limits.control_characters):
         return "control_characters"
@@ -161,10 +125,13 @@ def _at_least(pattern: re.Pattern[str], text: str, count: int) -> bool:
 def _repeats_a_character(text: str, limits: AbnormalLimits) -> bool:
     if len(text) < limits.repeated_from:
         return False
-    counts = Counter(text)
-    visible = sum(count for character, count in counts.items() if not character.isspace())
-    most = max((count for character, count in counts.items() if not character.isspace()), default=0)
-    return visible >= limits.repeated_from and most > limits.repeated_share * visible
+    visible = "".join(text.split())
+    if len(visible) < limits.repeated_from:
+        return False
+    # Sorted, a character that occurs more than k times is its own neighbour at distance k.
+    codes = np.sort(np.frombuffer(visible.encode("utf-32-le", "surrogatepass"), dtype=np.uint32))
+    distance = int(limits.repeated_share * len(codes))
+    return bool((codes[distance:] == codes[: len(codes) - distance]).any())
 
 
 def _repeats_a_line(text: str, limits: AbnormalLimits) -> bool:
