@@ -55,9 +55,9 @@ def test_a_swap_keeps_every_word() -> None:
 
 
 def test_what_carries_the_meaning_is_never_dropped() -> None:
-    text = "Mail [EMAIL_1a2b3c] of 12 apples, x2 is not `a b c`\n```\nlet me be\n```\n不要去"
+    text = "Mail [EMAIL_1a2b3c] of 12 apples, three x2 is not `a b c`\n```\nlet me be\n```\n不要去"
     (copy,) = augmentations(chat(text), AugmentSpec(drop=1.0), key=1)
-    assert user_text(copy) == " [EMAIL_1a2b3c] 12, x2 is not `a b c`\n```\nlet me be\n```\n不去"
+    assert user_text(copy) == " [EMAIL_1a2b3c] 12, three x2 is not `a b c`\n```\nlet me be\n```\n不去"
     (copy,) = augmentations(chat("all of it"), AugmentSpec(drop=1.0), key=1)
     assert user_text(copy).strip() == "it", "one word always stays"
 
@@ -72,11 +72,9 @@ def test_synonyms() -> None:
 
 
 def test_a_prompt_is_changed_and_its_completion_is_not() -> None:
-    (copy,) = augmentations(
-        PlainText("one two three four five six", "seven eight", "a:1"), AugmentSpec(swap=1.0), key=1
-    )
+    (copy,) = augmentations(PlainText("tea pot cup bowl dish pan", "seven eight", "a:1"), AugmentSpec(swap=1.0), key=1)
     assert answer_of(copy) == "seven eight"
-    assert user_text(copy) == "two one four three six five"
+    assert user_text(copy) == "pot tea bowl cup pan dish"
     assert augmentations(PlainText("", "seven eight", "a:1"), AugmentSpec(swap=1.0), key=1) == []
     assert augmentations(TokenIds(np.array([1]), (), "a:1"), AugmentSpec(swap=1.0), key=1) == []
 

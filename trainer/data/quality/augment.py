@@ -3,8 +3,8 @@
 Only what the user says is changed unless told otherwise, and never what the assistant answers: a damaged target would
 be learnt. Words are what stands between white space, or one character of a script without spaces (Han, Kana, Thai);
 there is no word segmentation, so Chinese loses or swaps single characters, while synonyms are found as whole words, the
-longest first. Code blocks, words with digits, placeholders such as [EMAIL] and negations stay: without them the answer
-would no longer be right.
+longest first. Code blocks, numbers in digits or words, placeholders such as [EMAIL] and negations stay: without them
+the answer would no longer be right.
 """
 
 from __future__ import annotations
@@ -26,6 +26,11 @@ from trainer.errors import DataError, MissingInputError, UsageError
 AUGMENTED_ROLES = ("user", "system", "tool")
 NEGATIONS = frozenset(
     ("not", "no", "never", "none", "nor", "without", "cannot", "except", "不", "没", "無", "无", "非", "未", "别", "勿")
+)
+NUMERALS = frozenset(
+    ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+    + ("hundred", "thousand", "million", "billion", "dozen", "half", "twice", "once", "first", "second", "third")
+    + tuple("〇零一二三四五六七八九十百千万亿两半")
 )
 _CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]+`)", re.DOTALL)
 _UNSPACED = UNSPACED_CHARACTER.pattern
@@ -194,7 +199,8 @@ def _end_of_known_run(tokens: list[str], at: int, spec: AugmentSpec) -> int:
 def _movable(token: str) -> bool:
     """Words may move or go: no white space, punctuation, numbers, placeholders or negations."""
     lower = token.casefold()
-    return token[:1].isalpha() and not any(map(str.isdigit, token)) and lower not in NEGATIONS and "n't" not in lower
+    fixed = lower in NEGATIONS or lower in NUMERALS or "n't" in lower or any(map(str.isdigit, token))
+    return token[:1].isalpha() and not fixed
 
 
 def _swap(tokens: list[str], share: float, draw: Callable[[], float]) -> None:

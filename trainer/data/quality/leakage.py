@@ -22,7 +22,7 @@ from trainer.data.quality.duplicates import (
 
 @dataclass(frozen=True)
 class Leak:
-    """What is at `place` of `split` is at `other_place` of `other_split` too; `similarity` is an estimate, 1.0 if exact."""
+    """`place` of `split` has the text of `other_place` in `other_split`; `similarity` is an estimate, 1.0 if exact."""
 
     split: str
     place: str
