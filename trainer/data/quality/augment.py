@@ -27,10 +27,11 @@ AUGMENTED_ROLES = ("user", "system", "tool")
 NEGATIONS = frozenset(
     ("not", "no", "never", "none", "nor", "without", "cannot", "except", "不", "没", "無", "无", "非", "未", "别", "勿")
 )
-NUMERALS = frozenset(
-    ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
-    + ("hundred", "thousand", "million", "billion", "dozen", "half", "twice", "once", "first", "second", "third")
-    + tuple("〇零一二三四五六七八九十百千万亿两半")
+NUMERALS = frozenset("〇零一二三四五六七八九十百千万亿两半") | frozenset(
+    (
+        *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
+        *("hundred", "thousand", "million", "billion", "dozen", "half", "twice", "once", "first", "second", "third"),
+    )
 )
 _CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]+`)", re.DOTALL)
 _UNSPACED = UNSPACED_CHARACTER.pattern
