@@ -17,6 +17,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from trainer.data.sources import RawRow, name_of_type
 from trainer.errors import DataError
 
@@ -47,6 +50,8 @@ class Conversation:
     messages: tuple[Message, ...]
     tools: list[dict[str, Any]] | None
     place: str
+    trained: tuple[bool, ...] | None = None
+    pinned: str = ""
 
     @property
     def empty_answer(self) -> bool:
@@ -55,6 +60,27 @@ class Conversation:
             message["role"] == "assistant" and not message["content"].strip() and not message.get("tool_calls")
             for message in self.messages
         )
+
+
+@dataclass(frozen=True)
+class PlainText:
+    """A text document, or a prompt with its completion; with the prompt "" all of it is trained on."""
+
+    prompt: str
+    text: str
+    place: str
+
+
+@dataclass(frozen=True)
+class TokenIds:
+    """A row that is already tokenised: `ids` int64 [tokens], `spans` the supervised token ranges."""
+
+    ids: NDArray[np.int64]
+    spans: tuple[tuple[int, int], ...]
+    place: str
+
+
+Record = Conversation | PlainText | TokenIds
 
 
 def detect_format(row: RawRow) -> str:
