@@ -20,19 +20,11 @@ from typing import Any
 import numpy as np
 
 from trainer.cli import VERSION
-from trainer.data.packing import RowPlan
-from trainer.data.reader import (
-    MANIFEST,
-    PLAN_ARRAYS,
-    SCHEMA_VERSION,
-    body_hash,
-    content_fingerprint,
-    default_overlap,
-    plan_name,
-)
+from trainer.data.packing import PLAN_ARRAYS, PlanSpec, RowPlan, default_overlap, plan_rows
+from trainer.data.reader import MANIFEST, SCHEMA_VERSION, body_hash, content_fingerprint
 from trainer.data.records import Conversation, detect_format, to_conversation
 from trainer.data.shard_writer import ShardWriter
-from trainer.data.shards import write_arrays
+from trainer.data.shards import read_arrays, write_arrays
 from trainer.data.sources import read_rows
 from trainer.data.templates import Encoder
 from trainer.data.tokenize import TOKENIZER_FILES, fingerprint, load_tokenizer, padding_id, template_hash
@@ -48,6 +40,7 @@ PROGRESS_ROWS = 500
 class SourceReport:
     """Counts of one input: what was read, what was kept, and what was not and where it first happened."""
 
+    name: str
     file: str
     bytes: int
     sha256: str
@@ -125,13 +118,14 @@ def build_store(
             for number, path in enumerate(inputs)
         ]
         writer.flush()
-        plan = writer.plan(sequence_length, overlap)
+        spec = PlanSpec(sequence_length, sequence_length, overlap)
+        plan = plan_rows(map(read_arrays, writer.shards), spec, len(sources))
         _count_dropped(plan, writer, sources)
         if plan.n_rows == 0:
             raise DataError(f"no supervised token in {sources[0].file}", "no row would train anything")
         (temporary / "plans").mkdir()
         write_arrays(
-            temporary / "plans" / plan_name(sequence_length, overlap, True),
+            temporary / "plans" / f"{spec.name}.safetensors",
             {name: getattr(plan, name) for name in PLAN_ARRAYS},
             {"schema": str(SCHEMA_VERSION)},
         )
@@ -143,6 +137,7 @@ def build_store(
             "supervised_tokens": sum(source.supervised_tokens for source in sources),
             "sequence_length": sequence_length,
             "overlap": overlap,
+            "plan": asdict(spec),
             "rows": plan.n_rows,
             "samples": plan.n_samples,
             "windows_dropped": int(plan.dropped.sum()),
@@ -152,6 +147,8 @@ def build_store(
             "vocabulary_size": len(tokenizer),
             "padding_id": padding_id(tokenizer),
             "sources": [asdict(source) for source in sources],
+            "inputs": [{"name": source.file, "bytes": source.bytes, "sha256": source.sha256} for source in sources],
+            "labels": [],
             "files": _file_entries(temporary),
         }
         manifest["body_sha256"] = body_hash(manifest)
@@ -183,7 +180,9 @@ def _encode_source(
     for row in read_rows(path):
         if report is None:
             size, digest = _measure(path)
-            report = SourceReport(file=str(path), bytes=size, sha256=digest, format=format or detect_format(row))
+            report = SourceReport(
+                name=path.name, file=str(path), bytes=size, sha256=digest, format=format or detect_format(row)
+            )
             first_place = row.place
         conversation = to_conversation(row, report.format)
         report.rows += 1
@@ -227,7 +226,8 @@ def _has_answer(conversation: Conversation, report: SourceReport) -> bool:
 
 
 def _count_dropped(plan: RowPlan, writer: ShardWriter, sources: Sequence[SourceReport]) -> None:
-    per_source = np.bincount(np.array(writer.sources, dtype=np.int64), weights=plan.dropped, minlength=len(sources))
+    source_of = np.concatenate([read_arrays(shard)["source"] for shard in writer.shards])
+    per_source = np.bincount(source_of, weights=plan.dropped, minlength=len(sources))
     for source, dropped in zip(sources, per_source, strict=True):
         source.windows_dropped = int(dropped)
 
@@ -247,15 +247,18 @@ def _measure(path: Path) -> tuple[int, str]:
 
 def _file_entries(directory: Path) -> list[dict[str, Any]]:
     files = sorted(item for item in directory.rglob("*") if item.is_file())
-    return [
-        {
+    entries = []
+    for file in files:
+        entry = {
             "name": file.relative_to(directory).as_posix(),
             "bytes": file.stat().st_size,
             "xxh3": xxh3_of_file(file),
             "sha256": sha256_of_file(file),
         }
-        for file in files
-    ]
+        if file.parent.name == "tokens":
+            entry["documents"] = len(read_arrays(file)["line"])
+        entries.append(entry)
+    return entries
 
 
 def _copy_tokenizer(source: Path, tokenizer: Any, target: Path) -> None:

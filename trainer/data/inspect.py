@@ -21,7 +21,7 @@ def inspect_rows(store: TokenStore, first: int, count: int) -> list[dict[str, An
     """Rows `first` to `first + count` of the stored plan, decoded.
 
     Each row is {row, tokens, supervised_tokens, padding, samples}; each sample {sample, document, place, start, stop,
-    ids, spans, text, parts}. `spans` are target positions relative to the sample, `parts` its text in order as
+    head, ids, spans, text, parts}. `spans` are target positions relative to the sample, `parts` its text in order as
     {text, supervised}.
 
     Raises:
@@ -48,16 +48,16 @@ def _row(store: TokenStore, plan: RowPlan, tokenizer: Any, row: int) -> dict[str
 
 
 def _sample(store: TokenStore, plan: RowPlan, tokenizer: Any, sample: int) -> dict[str, Any]:
-    document, start, stop, first = (
-        int(column[sample]) for column in (plan.document, plan.start, plan.stop, plan.first_target)
+    document, start, stop, first, head = (
+        int(column[sample]) for column in (plan.document, plan.start, plan.stop, plan.first_target, plan.head)
     )
     ids, spans = store.document(document)
     targets = [
-        (max(int(begin), first) - start, min(int(end), stop) - start)
+        (max(int(begin), first) - start + head, min(int(end), stop) - start + head)
         for begin, end in spans
         if max(int(begin), first) < min(int(end), stop)
     ]
-    view = ids[start:stop].astype(np.int64).tolist()
+    view = np.concatenate([ids[:head], ids[start:stop]]).astype(np.int64).tolist()
     parts = list(_parts(tokenizer, view, targets))
     return {
         "sample": sample,
@@ -65,6 +65,7 @@ def _sample(store: TokenStore, plan: RowPlan, tokenizer: Any, sample: int) -> di
         "place": store.place(document),
         "start": start,
         "stop": stop,
+        "head": head,
         "ids": view,
         "spans": targets,
         "text": "".join(part["text"] for part in parts),

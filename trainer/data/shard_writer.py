@@ -10,7 +10,6 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from trainer.data.packing import RowPlan, plan_rows
 from trainer.data.reader import SCHEMA_VERSION
 from trainer.data.shards import write_arrays
 from trainer.data.templates import Encoded
@@ -27,22 +26,13 @@ class ShardWriter:
         self._limit = shard_tokens
         self._waiting: list[tuple[NDArray[Any], NDArray[np.uint32], int, int]] = []
         self._tokens = 0
-        # The index of all documents stays here for the plan: 8 bytes a document and 8 a span.
-        self.lengths: list[int] = []
-        self.sources: list[int] = []
-        self._span_counts: list[int] = []
-        self._spans: list[NDArray[np.uint32]] = []
-        self._shards = 0
+        self.shards: list[Path] = []
 
     def add(self, document: Encoded, source: int, line: int) -> None:
         """Take one document; a shard may be written."""
         spans = np.array(document.spans, dtype=np.uint32).reshape(-1, 2)
         self._waiting.append((document.ids.astype(self._dtype), spans, source, line))
         self._tokens += len(document.ids)
-        self.lengths.append(len(document.ids))
-        self.sources.append(source)
-        self._span_counts.append(len(spans))
-        self._spans.append(spans)
         if self._tokens >= self._limit:
             self.flush()
 
@@ -58,28 +48,22 @@ class ShardWriter:
             "loss_spans": np.concatenate(spans),
             "span_offsets": _offsets([len(part) for part in spans]),
             "document_hash": np.array(hashes, dtype=np.uint64),
+            "turn_ends": np.empty(0, dtype=np.uint32),
+            "turn_offsets": np.zeros(len(ids) + 1, dtype=np.uint64),
+            "head": np.zeros(len(ids), dtype=np.uint32),
+            "label": np.full(len(ids), -1, dtype=np.int32),
             "source": np.array(sources, dtype=np.uint16),
+            "file": np.array(sources, dtype=np.uint32),
             "line": np.array(lines, dtype=np.uint32),
         }
         file = self._directory / "writing.safetensors"
         digest = write_arrays(file, arrays, {"schema": str(SCHEMA_VERSION)})
+        target = self._directory / f"tok-{len(self.shards):05d}-{digest.xxh3_128}.safetensors"
         with write_errors(file):
-            file.rename(self._directory / f"tok-{self._shards:05d}-{digest.xxh3_128}.safetensors")
-        self._shards += 1
+            file.rename(target)
+        self.shards.append(target)
         self._waiting.clear()
         self._tokens = 0
-
-    def plan(self, sequence_length: int, overlap: int) -> RowPlan:
-        """The packed plan of everything added."""
-        spans = np.concatenate(self._spans) if self._spans else np.empty((0, 2), dtype=np.uint32)
-        return plan_rows(
-            _offsets(self.lengths),
-            spans,
-            _offsets(self._span_counts),
-            sequence_length=sequence_length,
-            overlap=overlap,
-            packing=True,
-        )
 
 
 def _offsets(counts: Sequence[int]) -> NDArray[np.uint64]:
