@@ -27,6 +27,7 @@ from trainer.data.reader import TokenStore
 from trainer.errors import DataError
 
 STEPS_AHEAD = 2
+ROWS_ORDERED_AT_ONCE = 1024
 CLOSE_SECONDS = 10.0
 # The target of a position that predicts nothing; torch's losses ignore it by default.
 IGNORED = -100
@@ -137,13 +138,16 @@ class Feed:
         return [self._plan.samples_of(int(row)).tolist() for row in batch.rows]
 
     def _steps(self, position: int) -> Iterator[StepBatch]:
+        size = self._global_batch_size
+        # The order costs about as much for a thousand positions as for one.
+        count = max(1, ROWS_ORDERED_AT_ONCE // size)
         while True:
-            yield self._step(position)
-            position += self._global_batch_size
+            for rows in self._order.rows_at(np.arange(position, position + count * size)).reshape(count, size):
+                yield self._step(position, rows)
+                position += size
 
-    def _step(self, position: int) -> StepBatch:
+    def _step(self, position: int, rows: NDArray[np.int64]) -> StepBatch:
         plan = self._plan
-        rows = self._order.rows_at(np.arange(position, position + self._global_batch_size))
         if self._store.is_remote:
             self._expect(position, rows)
         dealt = _deal(rows, self._micro_batch_size, self._rank, self._world_size)

@@ -2,9 +2,9 @@
 
 The rows of a run are cut into segments of constant weights. Shares are whole multiples of 2**-20. Every 1,024
 positions of a segment have a quota for each source: the whole part of its share, and now and then one more, such that
-1,024 such blocks together give every source exactly its share. Positions inside a block are permuted, and the index in
-the source is the running quota, so no row of a source is skipped or repeated: source s is drawn 0, 1, 2, ... times
-through its own order, whatever the other sources do. Any position is found in O(1).
+1,024 such blocks together give every source exactly its share. The sources inside a block are permuted, and the index
+in a source is how often it came before, so every source runs through its own order without gap or repeat, whatever the
+other sources do. Any position is found in O(1): what lies before its block follows from the quotas.
 
 The extra draws are systematic sampling (Madow, 1949): the fractions of all sources lie end to end on a line, and block
 b takes those sources whose piece holds a point of a comb that each block moves to another place.
@@ -25,8 +25,9 @@ from trainer.errors import UsageError
 BLOCK = 1024
 _CYCLE = 1024
 _WHOLE = BLOCK * _CYCLE
-# Odd, and about 1024 over the golden ratio: successive blocks place the comb far apart, all places come once a cycle.
-_COMB_STEP = 633
+# Where the comb lies in each block of a cycle: the bits of the block's number reversed (van der Corput's sequence), which
+# spreads the draws of a small piece as evenly over the cycle as those of a large one.
+_COMB = np.array([int(f"{block:010b}"[::-1], 2) for block in range(_CYCLE)])
 
 
 class Segment:
@@ -46,9 +47,8 @@ class Segment:
         self.shares = _shares(weights)
         whole, fraction = np.divmod(self.shares, _CYCLE)
         pieces = np.concatenate([[0], np.cumsum(fraction)])
-        points = np.arange(_CYCLE)[:, None] * _COMB_STEP % _CYCLE
         # Points of the comb {point + 1024 j} below each end of a piece, [blocks, sources + 1].
-        below = -((points - pieces[None]) // _CYCLE)
+        below = -((_COMB[:, None] - pieces[None]) // _CYCLE)
         self._quotas = whole[None] + below[:, 1:] - below[:, :-1]
         self._before = np.concatenate([np.zeros((1, len(weights)), np.int64), np.cumsum(self._quotas, axis=0)])
         self._full_blocks = None if rows is None else rows // BLOCK
@@ -66,19 +66,25 @@ class Segment:
 
     def source_and_index(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Source at each position and how often it came in the segment before, both int64 [n]."""
-        block, inside = np.divmod(positions, BLOCK)
+        blocks, inside = np.divmod(positions, BLOCK)
+        source, index = np.empty_like(inside), np.empty_like(inside)
+        for block in np.unique(blocks).tolist():
+            chosen = blocks == block
+            sources, indexes = self._block(block)
+            source[chosen], index[chosen] = sources[inside[chosen]], indexes[inside[chosen]]
+        return source, index
+
+    def _block(self, block: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The same for all positions of one block."""
         # The last, shorter block of a segment has quotas of its own.
-        last = np.zeros(block.shape, np.bool_) if self._full_blocks is None else block == self._full_blocks
-        quotas = np.where(last[:, None], self._last_quotas, self._quotas[block % _CYCLE])
-        keys = derived_keys(self._key, block)
-        place = np.empty_like(inside)
-        for chosen, size in ((~last, BLOCK), (last, int(self._last_quotas.sum()))):
-            if chosen.any():
-                place[chosen] = permute(inside[chosen], size, keys[chosen])
-        ends = np.cumsum(quotas, axis=1)
-        source = (ends <= place[:, None]).sum(axis=1)
-        each = np.arange(len(source))
-        index = self._before_blocks(block)[each, source] + place - (ends - quotas)[each, source]
+        quotas = self._last_quotas if block == self._full_blocks else self._quotas[block % _CYCLE]
+        size = int(quotas.sum())
+        keys = np.full(size, derived_keys(self._key, np.array([block]))[0])
+        source = np.repeat(np.arange(len(quotas)), quotas)[permute(np.arange(size), size, keys)]
+        order = np.argsort(source, kind="stable")
+        first = self._before_blocks(np.array([block]))[0] - (np.cumsum(quotas) - quotas)
+        index = np.empty_like(source)
+        index[order] = np.arange(size) + np.repeat(first, quotas)
         return source, index
 
     def _before_blocks(self, block: NDArray[np.int64]) -> NDArray[np.int64]:

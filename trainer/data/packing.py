@@ -266,7 +266,7 @@ class _Part:
                 "set long_text to windows, truncate or drop, or give a longer window",
             )
         heads = np.where(long & spec.pin_prefix, shard["head"].astype(np.int64), 0)
-        unpinned = heads > spec.window // 2
+        unpinned = heads > min(spec.window // 2, spec.window - 2)
         taken = lengths
         if spec.long_text != "windows":
             taken = np.where(long, spec.window if spec.long_text == "truncate" else 0, lengths)
