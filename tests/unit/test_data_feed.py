@@ -7,6 +7,7 @@ import pytest
 from tests.support.corpora import alpaca_rows, message_rows, tiny_store
 from trainer.config.deepspeed import micro_batches
 from trainer.data.feed import IGNORED, Feed, MicroBatch, evaluation_batches
+from trainer.data.order import GlobalOrder
 from trainer.data.reader import TokenStore
 
 
@@ -21,8 +22,8 @@ def feed_of(
 ) -> Feed:
     return Feed(
         store,
-        store.plan(packing=packing),
-        seed=7,
+        plan := store.plan(store.plan_spec(packing=packing)),
+        order=GlobalOrder(plan.n_rows, 7),
         global_batch_size=batch,
         micro_batch_size=micro,
         rank=rank,
@@ -66,8 +67,10 @@ def test_any_world_size_and_micro_batch_gives_the_same_global_batch(store: Token
 def test_an_epoch_has_every_supervised_position_exactly_once(
     store: TokenStore, packing: bool, sequence_length: int
 ) -> None:
-    plan = store.plan(sequence_length, packing=packing)
-    feed = Feed(store, plan, seed=1, global_batch_size=1, micro_batch_size=1, rank=0, world_size=1)
+    plan = store.plan(store.plan_spec(sequence_length, packing=packing))
+    feed = Feed(
+        store, plan, order=GlobalOrder(plan.n_rows, 1), global_batch_size=1, micro_batch_size=1, rank=0, world_size=1
+    )
     seen: Counter[tuple[int, int]] = Counter()
     for _ in range(plan.n_rows):
         step = feed.next_step()
@@ -145,7 +148,7 @@ def test_padding_is_the_pad_token(store: TokenStore) -> None:
 
 @pytest.mark.parametrize(("world", "micro", "max_rows"), [(1, 1, 5), (2, 2, 5), (3, 2, 1000), (4, 1, 1)])
 def test_evaluation_gives_all_ranks_as_many_batches(store: TokenStore, world: int, micro: int, max_rows: int) -> None:
-    plan = store.plan(packing=False)
+    plan = store.plan(store.plan_spec(packing=False))
     ranks = [
         list(evaluation_batches(store, plan, micro_batch_size=micro, rank=rank, world_size=world, max_rows=max_rows))
         for rank in range(world)
@@ -167,6 +170,6 @@ def test_many_shards_read_like_one(tmp_path: Path) -> None:
         for left, right in zip(a.micro_batches, b.micro_batches, strict=True):
             assert np.array_equal(left.input_ids, right.input_ids)
             assert np.array_equal(left.targets, right.targets)
-    assert np.array_equal(one.plan(64).row_samples, many.plan(64).row_samples)
+    assert np.array_equal(one.plan(one.plan_spec(64)).row_samples, many.plan(many.plan_spec(64)).row_samples)
     assert [one.place(i) for i in range(30)][7].endswith("rows.jsonl:8")
     assert [many.place(i).split(":")[-1] for i in range(30)] == [str(i + 1) for i in range(30)]

@@ -21,8 +21,8 @@ from tests.support.corpora import (
     write_json_lines,
 )
 from trainer.data import build, reader
-from trainer.data.packing import RowPlan
-from trainer.data.reader import MANIFEST, PLAN_ARRAYS
+from trainer.data.packing import PLAN_ARRAYS, RowPlan
+from trainer.data.reader import MANIFEST
 from trainer.data.store import build_store, open_store, verify_store
 from trainer.data.tokenize import load_tokenizer
 from trainer.errors import CannotWriteError, DataError, MissingInputError, UsageError
@@ -80,15 +80,16 @@ def test_round_trip(tmp_path: Path) -> None:
 def test_stored_plan_equals_computed_plan(tmp_path: Path) -> None:
     store = tiny_store(tmp_path)
     stored = store.plan()
-    computed = store.compute_plan(store.sequence_length, store.overlap, packing=True)
+    computed = store.compute_plan(store.spec)
     assert isinstance(stored, RowPlan)
     for name in PLAN_ARRAYS:
         assert np.array_equal(getattr(stored, name), getattr(computed, name)), name
         assert getattr(stored, name).dtype == getattr(computed, name).dtype
     assert stored.padding_share == pytest.approx(store.manifest["padding_share"], abs=1e-6)
-    assert store.plan(64).overlap == 8
-    with pytest.raises(UsageError):
-        store.plan(64, 64)
+    assert store.plan_spec(64).overlap == 8
+    for settings in ({"overlap": 64}, {"window": 65}, {"window": 8, "overlap": 9}):
+        with pytest.raises(UsageError):
+            store.plan_spec(64, **settings)
 
 
 def test_opening_with_a_stored_plan_touches_no_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,19 +98,20 @@ def test_opening_with_a_stored_plan_touches_no_documents(tmp_path: Path, monkeyp
     def touched(*_: object, **__: object) -> None:
         raise RuntimeError("offsets or spans of all documents were read")
 
-    monkeypatch.setattr(reader, "_joined_offsets", touched)
     monkeypatch.setattr(reader, "plan_rows", touched)
     store = open_store(path)
     assert store.plan().n_rows > 0
     with pytest.raises(RuntimeError, match="were read"):
-        store.plan(64)
+        store.plan(store.plan_spec(64))
 
 
 def test_several_shards_make_the_same_plan_as_one(tmp_path: Path) -> None:
     one, many = (tiny_store(tmp_path / name, shard_tokens=size) for name, size in (("one", 1 << 20), ("many", 500)))
     assert len(list((many.path / "tokens").iterdir())) > 3
     for name in PLAN_ARRAYS:
-        assert np.array_equal(getattr(one.plan(64), name), getattr(many.plan(64), name)), name
+        assert np.array_equal(
+            getattr(one.plan(one.plan_spec(64)), name), getattr(many.plan(many.plan_spec(64)), name)
+        ), name
 
 
 def test_ranks_share_the_checking_of_files(tmp_path: Path) -> None:

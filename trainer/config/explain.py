@@ -17,11 +17,24 @@ EXAMPLES: dict[str, Any] = {
     "data.train": "stores/train",
     "data.eval": "stores/eval",
     "data.sequence_length": 4096,
+    "data.window": 2048,
     "data.overlap": 512,
+    "data.pin_prefix": True,
+    "data.long_text": "windows",
+    "data.mixture": [{"rows": 100000, "weights": {"chat": 3, "code": 1}}, {"weights": {"chat": 1, "code": 1}}],
+    "data.shuffle_blocks": 16,
+    "data.cache_dir": "/scratch/steadfast",
     "train.max_steps": 1000,
 }
 _BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
-_TYPES = {"string": "text", "integer": "whole number", "number": "number", "boolean": "true or false", "null": "null"}
+_TYPES = {
+    "string": "text",
+    "integer": "whole number",
+    "number": "number",
+    "boolean": "true or false",
+    "null": "null",
+    "array": "list",
+}
 
 
 def json_schema(schema: type[Section] = Config, title: str = "Steadfast configuration") -> dict[str, Any]:
@@ -92,8 +105,6 @@ def _type(schema: dict[str, Any]) -> str:
         return " or ".join(_type(choice) for choice in schema["anyOf"])
     if "enum" in schema:
         return "one of " + ", ".join(map(str, schema["enum"]))
-    if schema.get("type") == "array":
-        return "list"
     if "const" in schema:
         return f"always {schema['const']}"
     bounds = "".join(f" {sign} {schema[name]:g}" for name, sign in _BOUNDS.items() if name in schema)
@@ -103,11 +114,13 @@ def _type(schema: dict[str, Any]) -> str:
 def _example(key: str, schema: type[Section]) -> str:
     field = keys(schema)[key]
     value = EXAMPLES.get(key, None if field.is_required() else field.default)
-    quote = "'" if isinstance(value, dict) else ""
+    quote = "'" if isinstance(value, dict | list) else ""
     return f"{quote}{key}={_value(value)}{quote}"
 
 
 def _value(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{name}: {_value(inner)}" for name, inner in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_value, value)) + "]"
     return dump(value).removesuffix("...\n").strip()

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from trainer.cli import VERSION
 from trainer.data.decide import Decision, RowTable, StorePlan
-from trainer.data.packing import PlanSpec, RowPlan, default_overlap
+from trainer.data.packing import PLAN_ARRAYS, PlanSpec, RowPlan, default_overlap
 from trainer.data.parts import Part
 from trainer.data.quality.balance import class_weights
 from trainer.data.reader import (
@@ -22,11 +22,11 @@ from trainer.data.reader import (
     TokenStore,
     body_hash,
     content_fingerprint,
-    write_plan,
 )
 from trainer.data.recipe import Recipe
 from trainer.data.report import SourceReport, Tally
 from trainer.data.shard_writer import ShardWriter, file_entry, take_documents
+from trainer.data.shards import write_arrays
 from trainer.data.tokenize import TOKENIZER_FILES, fingerprint, load_tokenizer, padding_id, template_hash
 from trainer.durable import sha256_of_file, write_errors, write_file, xxh3_of_file
 from trainer.errors import DataError
@@ -113,7 +113,7 @@ def _write_store(
         "recipe": recipe.model_dump(mode="json"),
         "files": [*_entries(place, "tokenizer"), *writer.files],
     }
-    plan = TokenStore(place, manifest).compute_plan(spec)
+    plan = TokenStore(str(place), place, manifest).compute_plan(spec)
     if plan.n_rows == 0:
         raise DataError(
             f"no supervised token in any row of {spec.sequence_length} tokens", "no row would train anything"
@@ -128,8 +128,7 @@ def _write_store(
         "padding_share": round(plan.padding_share, 6),
         "sources": [asdict(source) for source in here],
     }
-    name, digest = write_plan(place / "plans", plan)
-    manifest["files"].append(file_entry(f"plans/{name}", digest))
+    manifest["files"].append(_write_plan(place, plan))
     if with_lists:
         _write_lists(place / "reports", build)
         manifest["files"] += _entries(place, "reports")
@@ -137,6 +136,15 @@ def _write_store(
     manifest["body_sha256"] = body_hash(manifest)
     write_file(place / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
     return manifest
+
+
+def _write_plan(place: Path, plan: RowPlan) -> dict[str, Any]:
+    """Store the plan; returns its manifest entry."""
+    name = f"plans/{plan.spec.name}.safetensors"
+    with write_errors(place):
+        (place / "plans").mkdir()
+    arrays = {array: getattr(plan, array) for array in PLAN_ARRAYS}
+    return file_entry(name, write_arrays(place / name, arrays, {"schema": str(SCHEMA_VERSION)}))
 
 
 def _nothing_supervised(store: StorePlan, sources: Sequence[SourceReport]) -> str:

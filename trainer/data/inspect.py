@@ -21,7 +21,7 @@ def inspect_rows(store: TokenStore, first: int, count: int) -> list[dict[str, An
     """Rows `first` to `first + count` of the stored plan, decoded.
 
     Each row is {row, tokens, supervised_tokens, padding, samples}; each sample {sample, document, place, start, stop,
-    ids, spans, text, parts}. `spans` are target positions relative to the sample, `parts` its text in order as
+    head, ids, spans, text, parts}. `spans` are target positions relative to the sample, `parts` its text in order as
     {text, supervised}.
 
     Raises:
@@ -48,16 +48,16 @@ def _row(store: TokenStore, plan: RowPlan, tokenizer: Any, row: int) -> dict[str
 
 
 def _sample(store: TokenStore, plan: RowPlan, tokenizer: Any, sample: int) -> dict[str, Any]:
-    document, start, stop, first = (
-        int(column[sample]) for column in (plan.document, plan.start, plan.stop, plan.first_target)
+    document, start, stop, first, head = (
+        int(column[sample]) for column in (plan.document, plan.start, plan.stop, plan.first_target, plan.head)
     )
     ids, spans = store.document(document)
     targets = [
-        (max(int(begin), first) - start, min(int(end), stop) - start)
+        (max(int(begin), first) - start + head, min(int(end), stop) - start + head)
         for begin, end in spans
         if max(int(begin), first) < min(int(end), stop)
     ]
-    view = ids[start:stop].astype(np.int64).tolist()
+    view = np.concatenate([ids[:head], ids[start:stop]]).astype(np.int64).tolist()
     parts = list(_parts(tokenizer, view, targets))
     return {
         "sample": sample,
@@ -65,6 +65,7 @@ def _sample(store: TokenStore, plan: RowPlan, tokenizer: Any, sample: int) -> di
         "place": store.place(document),
         "start": start,
         "stop": stop,
+        "head": head,
         "ids": view,
         "spans": targets,
         "text": "".join(part["text"] for part in parts),
@@ -127,33 +128,3 @@ def row_title(row: Mapping[str, Any]) -> str:
 def sample_title(sample: Mapping[str, Any]) -> str:
     """One line about a sample: where it comes from, and which part of its document it is when it is a part."""
     return f"-- {sample['place']} tokens {sample['start']} to {sample['stop']}"
-
-
-def source_lines(sources: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The mask report, some lines per source."""
-    lines = []
-    for source in sources:
-        share = source["supervised_tokens"] / max(source["tokens"], 1)
-        methods = ", ".join(f"{count:,} by {name}" for name, count in source["methods"].items())
-        lines += [
-            f"{source['file']}",
-            f"  format     {source['format']}, {source['rows']:,} rows -> {source['documents']:,} documents",
-            f"  tokens     {source['tokens']:,}, of them supervised {source['supervised_tokens']:,} ({share:.1%})",
-            f"  loss mask  {methods}",
-        ]
-        neutralised = ", ".join(f"{count} {text}" for text, count in source["neutralised"].items())
-        notes = (
-            (sum(source["neutralised"].values()), f"control-token texts kept as plain text: {neutralised}"),
-            (source["unknown_tokens"], "unknown tokens: the tokenizer cannot write some of this text"),
-            (source["windows_dropped"], "windows without a target dropped"),
-            (
-                source["rows_without_answer"],
-                f"rows without an assistant turn left out, first {source['first_without_answer']}",
-            ),
-            (
-                source["rows_with_empty_answer"],
-                f"rows with an empty answer left out, first {source['first_empty_answer']}",
-            ),
-        )
-        lines += [f"  note       {count:,} {what}" for count, what in notes if count]
-    return lines

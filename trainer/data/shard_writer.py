@@ -87,7 +87,8 @@ class ShardWriter:
         name = f"tok-{len(self.files):05d}-{digest.xxh3_128}.safetensors"
         with write_errors(file):
             file.rename(self._directory / name)
-        self.files.append(file_entry(f"{self._directory.name}/{name}", digest))
+        entry = file_entry(f"{self._directory.name}/{name}", digest)
+        self.files.append(entry | {"documents": len(arrays["line"])})
         self._waiting.clear()
         self._tokens = 0
 
