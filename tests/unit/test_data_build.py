@@ -88,9 +88,7 @@ def test_a_killed_build_continues_and_ends_the_same(tmp_path: Path, workers: int
     script = tmp_path / "killed.py"
     script.write_text(KILLED_BUILD)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path), "3", str(workers)], env=environment, check=False
-    )
+    done = subprocess.run([sys.executable, str(script), str(tmp_path), "3", str(workers)], env=environment, check=False)
     assert done.returncode == -signal.SIGKILL
     assert not (tmp_path / "store").exists()
     work = tmp_path / ".store.work"
@@ -382,9 +380,7 @@ def test_named_sources_of_several_files(tmp_path: Path) -> None:
     (tmp_path / "many").mkdir()
     for name in "abc":
         write_json_lines(tmp_path / f"many/{name}.jsonl", alpaca_rows(4, seed=ord(name)))
-    questions = write_json_lines(
-        tmp_path / "qa.jsonl", [{"q": f"what is {n}?", "a": f"number {n}"} for n in range(5)]
-    )
+    questions = write_json_lines(tmp_path / "qa.jsonl", [{"q": f"what is {n}?", "a": f"number {n}"} for n in range(5)])
     sources = [
         {"path": str(tmp_path / "many"), "name": "instructions"},
         {"path": str(questions), "format": "completion", "map": {"prompt": "q", "completion": "a"}},

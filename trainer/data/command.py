@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import UsageError
+from trainer.errors import DataError, UsageError
 
 FORMATS = ("auto", "alpaca", "sharegpt", "messages", "completion", "text", "preference", "tokens")
 EXPORTS = ("parquet", "megatron", "datasets")
@@ -203,36 +203,37 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _card(arguments: argparse.Namespace) -> int:
-    from trainer.data.describe import describe
-    from trainer.data.quality.card import html_card, show_card
+    from trainer.data.describe import data_card
+    from trainer.data.quality.card import card_html, show_card
     from trainer.data.store import open_store
     from trainer.durable import write_file
 
-    card = describe(open_store(arguments.store))
+    card = data_card(open_store(arguments.store))
     if arguments.out is None:
         show_card(card)
         return 0
-    write_file(arguments.out, html_card(card))
+    write_file(arguments.out, card_html(card))
     print(f"card       {arguments.out}")
     return 0
 
 
 def _leakage(arguments: argparse.Namespace) -> int:
-    from trainer.data.describe import store_texts
-    from trainer.data.quality.leakage import find_leakage
+    from trainer.data.describe import leak_lines, store_texts
+    from trainer.data.quality.leakage import find_leaks
     from trainer.data.store import open_store
 
     if len(arguments.stores) < 2:
         raise UsageError("one store leaks nowhere", "give two or more")
-    found = find_leakage(
-        {str(path): store_texts(open_store(path)) for path in arguments.stores}, threshold=arguments.threshold
-    )
+    stores = {str(path): store_texts(open_store(path)) for path in arguments.stores}
+    report = find_leaks(stores, arguments.threshold)
     if arguments.json:
-        print(json.dumps(found.as_json(), ensure_ascii=False))
+        from dataclasses import asdict
+
+        print(json.dumps({"texts": report.texts, "leaks": [asdict(leak) for leak in report.leaks]}, ensure_ascii=False))
     else:
-        for line in found.lines():
+        for line in leak_lines(report):
             print(line)
-    return 65 if found.pairs else 0
+    return DataError.exit_code if report.leaks else 0
 
 
 def _diff(arguments: argparse.Namespace) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.data.parts import Part
-from trainer.data.quality.balance import balanced_copies
+from trainer.data.quality.balance import copies as balanced_copies
 from trainer.data.quality.duplicates import exact_duplicates, near_duplicates
 from trainer.data.quality.split import assign_splits, folds, split_by_time
 from trainer.data.recipe import Recipe
@@ -65,6 +65,12 @@ class Decision:
     left_out: tuple[tuple[str, NDArray[np.int64]], ...]
     kept: tuple[tuple[str, NDArray[np.int64]], ...]
     repeats: NDArray[np.int64]
+
+    def kept_rows(self, table: RowTable) -> NDArray[np.bool_]:
+        """Which original rows are in a store, bool [rows]."""
+        anywhere = [self.copies_in(store, table) > 0 for store in self.stores]
+        kept: NDArray[np.bool_] = np.any(anywhere, axis=0) & (table.parent < 0)
+        return kept
 
     def copies_in(self, store: StorePlan, table: RowTable) -> NDArray[np.int32]:
         """How often every row is in one store, int32 [rows]."""
@@ -131,7 +137,7 @@ def decide(table: RowTable, parts: Sequence[Part], recipe: Recipe, scratch: Path
         repeats[rows] = np.where(clusters != rows, clusters, repeats[rows])
         (left_out if recipe.duplicates.near == "drop" else kept).append((NEAR_DUPLICATE, near))
         if recipe.duplicates.near == "drop":
-            alive[rows[clusters != rows]] = False
+            alive[near] = False
         if recipe.split.group_by is None:
             group[rows] = table.group[clusters]
     _follow_parents(table, alive, group)
@@ -145,9 +151,11 @@ def decide(table: RowTable, parts: Sequence[Part], recipe: Recipe, scratch: Path
         rows = np.flatnonzero(np.isin(split, list(trained)))
         classes = (table.label if recipe.label.column else table.source).astype(np.int64)[rows]
         copies[rows] = balanced_copies(
-            classes, recipe.balance.method, ratio=recipe.balance.ratio, keys=table.key[rows, 0], seed=recipe.seed
+            classes, table.key[rows, 0], recipe.balance.method, recipe.balance.ratio, recipe.seed
         )
-        left_out.append((OUT_OF_BALANCE, rows[copies[rows] == 0]))
+        gone = rows[(copies[rows] == 0) & (table.parent[rows] < 0)]
+        # With folds a row that is not trained on is still validated on.
+        (kept if recipe.split.folds else left_out).append((OUT_OF_BALANCE, gone))
     return Decision(
         stores=stores,
         split=split,

@@ -29,7 +29,7 @@ from trainer.data.shard_writer import ShardWriter, file_entry, take_documents
 from trainer.data.shards import write_arrays
 from trainer.data.tokenize import TOKENIZER_FILES, fingerprint, load_tokenizer, padding_id, template_hash
 from trainer.durable import sha256_of_file, write_errors, write_file, xxh3_of_file
-from trainer.errors import DataError
+from trainer.errors import DataError, SteadfastError
 
 LENGTH_BINS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 
@@ -206,7 +206,14 @@ def _with_decision(index: int, source: SourceReport, build: Build) -> SourceRepo
             mine = rows[build.table.source[rows] == index]
             if len(mine):
                 tally.add(f"{reason}{ending}", _place(int(mine[0]), build), len(mine))
-    return replace(source, left_out=left_out, notes=notes)
+    kept = int(np.count_nonzero(build.decision.kept_rows(build.table) & (build.table.source == index)))
+    if kept + sum(left_out.counts.values()) != source.rows:
+        raise SteadfastError(
+            f"source {source.name}: {source.rows} rows were read, {kept} kept and "
+            f"{sum(left_out.counts.values())} left out: they do not add up",
+            "this is a bug of ours: report it",
+        )
+    return replace(source, kept=kept, left_out=left_out, notes=notes)
 
 
 def _place(row: int, build: Build) -> str:

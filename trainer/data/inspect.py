@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
-from trainer.data.packing import RowPlan
+from trainer.data.packing import RowPlan, window_of
+from trainer.data.quality.card import MaskPart
 from trainer.data.reader import TokenStore
 from trainer.data.tokenize import load_tokenizer
 from trainer.errors import UsageError
@@ -48,24 +50,22 @@ def _row(store: TokenStore, plan: RowPlan, tokenizer: Any, row: int) -> dict[str
 
 
 def _sample(store: TokenStore, plan: RowPlan, tokenizer: Any, sample: int) -> dict[str, Any]:
-    document, start, stop, first, head = (
-        int(column[sample]) for column in (plan.document, plan.start, plan.stop, plan.first_target, plan.head)
-    )
-    ids, spans = store.document(document)
+    window = window_of(plan, sample)
+    start, stop, first, head = window.start, window.stop, window.first_target, window.head
+    ids, spans = store.document(window.document)
     targets = [
         (max(int(begin), first) - start + head, min(int(end), stop) - start + head)
         for begin, end in spans
         if max(int(begin), first) < min(int(end), stop)
     ]
     view = np.concatenate([ids[:head], ids[start:stop]]).astype(np.int64).tolist()
-    parts = list(_parts(tokenizer, view, targets))
+    parts = list(decoded_parts(tokenizer, view, targets))
     return {
         "sample": sample,
-        "document": document,
-        "place": store.place(document),
-        "start": start,
-        "stop": stop,
-        "head": head,
+        "document": window.document,
+        "source": store.source_of(window.document),
+        "place": store.place(window.document),
+        "window": {name: value for name, value in asdict(window).items() if name != "document"},
         "ids": view,
         "spans": targets,
         "text": "".join(part["text"] for part in parts),
@@ -73,7 +73,8 @@ def _sample(store: TokenStore, plan: RowPlan, tokenizer: Any, sample: int) -> di
     }
 
 
-def _parts(tokenizer: Any, ids: list[int], spans: Sequence[tuple[int, int]]) -> Iterator[dict[str, Any]]:
+def decoded_parts(tokenizer: Any, ids: list[int], spans: Sequence[tuple[int, int]]) -> Iterator[MaskPart]:
+    """The text of `ids` in order, cut where supervised `spans` begin and end."""
     last = 0
     for start, stop in [*spans, (len(ids), len(ids))]:
         for begin, end, supervised in ((last, start, False), (start, stop, True)):
@@ -127,4 +128,7 @@ def row_title(row: Mapping[str, Any]) -> str:
 
 def sample_title(sample: Mapping[str, Any]) -> str:
     """One line about a sample: where it comes from, and which part of its document it is when it is a part."""
-    return f"-- {sample['place']} tokens {sample['start']} to {sample['stop']}"
+    window = sample["window"]
+    part = f", window {window['index'] + 1} of {window['of']}" if window["of"] > 1 else ""
+    head = f" after a pinned head of {window['head']}" if window["head"] else ""
+    return f"-- {sample['place']} tokens {window['start']} to {window['stop']}{part}{head}"

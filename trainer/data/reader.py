@@ -139,6 +139,16 @@ class TokenStore:
         """One value a document over all documents: source, file, line, label, head or document_hash."""
         return np.concatenate([self._shards.shard(number)[name] for number in range(self.n_shards)])
 
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of every document, int64 [documents]."""
+        shards = (self._shards.shard(number) for number in range(self.n_shards))
+        return np.concatenate([lengths_of(shard["document_offsets"]) for shard in shards])
+
+    def source_of(self, index: int) -> str:
+        """Name of the source a document comes from."""
+        shard, local = self._locate(index)
+        return self.source_names[int(shard["source"][local])]
+
     def place(self, index: int) -> str:
         """`file:line` of the row a document was made from."""
         shard, local = self._locate(index)

@@ -181,10 +181,10 @@ class Augment(Section):
     """Share of words that change places."""
     drop: Fraction = 0.0
     """Share of words that are left out."""
-    synonyms: str | None = None
-    """File of synonyms, one set a line, separated by tabs."""
-    replace: Fraction = 0.0
-    """Share of words replaced by one of their synonyms."""
+    synonyms: Fraction = 0.0
+    """Share of known words replaced by one of their synonyms."""
+    synonym_file: str | None = None
+    """Your synonyms: a word and its synonyms a line, separated by tabs, or JSON {word: [synonyms]}."""
 
 
 class Balance(Section):
@@ -192,8 +192,14 @@ class Balance(Section):
 
     method: Literal["none", "over", "under"] = "none"
     """Repeat the rare ones, or leave out some of the frequent ones."""
-    ratio: Annotated[Fraction, Field(gt=0)] = 1.0
-    """Size to reach, as a share of the largest (over) or, inverted, of the smallest class (under)."""
+    ratio: PositiveFloat = 1.0
+    """Size to reach: times the largest class (over, at most 1), times the smallest one (under, at least 1)."""
+
+    @model_validator(mode="after")
+    def _ratio_fits(self) -> Balance:
+        if (self.method == "over" and self.ratio > 1) or (self.method == "under" and self.ratio < 1):
+            raise ValueError(f"balance.ratio {self.ratio:g}: at most 1 for over, at least 1 for under")
+        return self
 
 
 class Limits(Section):
@@ -239,10 +245,10 @@ class Recipe(Section):
             raise ValueError("split.stratify_by: label needs label.column")
         if self.label.values and self.label.column is None:
             raise ValueError("label.values needs label.column")
-        if self.augment.copies and not (self.augment.swap or self.augment.drop or self.augment.replace):
-            raise ValueError("augment.copies needs augment.swap, augment.drop or augment.replace")
-        if self.augment.replace and self.augment.synonyms is None:
-            raise ValueError("augment.replace needs augment.synonyms, a file")
+        if self.augment.copies and not (self.augment.swap or self.augment.drop or self.augment.synonyms):
+            raise ValueError("augment.copies needs augment.swap, augment.drop or augment.synonyms")
+        if self.augment.synonyms and self.augment.synonym_file is None:
+            raise ValueError("augment.synonyms needs augment.synonym_file")
         names = [source.name for source in self.sources if source.name]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"two sources have the name {twice[0]!r}")

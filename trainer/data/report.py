@@ -31,9 +31,9 @@ class Tally:
 class SourceReport:
     """Counts of one source.
 
-    `left_out` are rows that no document was made of, `changed` what was changed in rows that were kept, `notes` what
-    is worth knowing about kept rows; the mask's `methods` count documents. Everything about windows is for the plan
-    that the build stored.
+    `rows` were read, `kept` of them are in a store of the build, `left_out` counts the others by reason, `changed` what
+    was changed in rows on the way, `notes` what is worth knowing about kept rows. Documents and tokens are those of one
+    store; `methods` counts documents by how their mask was found. The last three are of the plan that is stored.
     """
 
     name: str
@@ -42,6 +42,7 @@ class SourceReport:
     format: str = ""
     mapping: dict[str, str] = field(default_factory=dict)
     rows: int = 0
+    kept: int = 0
     documents: int = 0
     tokens: int = 0
     supervised_tokens: int = 0

@@ -16,7 +16,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from trainer.data.quality.augment import AugmentSpec, augmentations, read_synonyms
+from trainer.data.quality.augment import AugmentSpec, augmentations, load_synonyms
 from trainer.data.quality.decontaminate import EvalIndex, contamination
 from trainer.data.quality.duplicates import duplicate_key, signature
 from trainer.data.quality.filters import LengthLimits, filter_reason, length_reason, script_reason
@@ -70,16 +70,7 @@ class RowSteps:
             max_characters=recipe.keep.max_characters,
             min_answer=recipe.keep.min_answer_characters,
         )
-        augment = recipe.augment
-        synonyms = read_synonyms(Path(augment.synonyms)) if augment.synonyms and augment.copies else {}
-        self._augment = AugmentSpec(
-            copies=augment.copies,
-            swap=augment.swap,
-            drop=augment.drop,
-            replace=augment.replace,
-            synonyms=synonyms,
-            seed=recipe.seed,
-        )
+        self._augment = _augment_spec(recipe)
 
     def clean(self, record: Record, place: str, changed: Tally) -> tuple[Record, str | None]:
         """The record as it goes on, and the reason why it is left out, or None; counts what was changed.
@@ -118,7 +109,7 @@ class RowSteps:
 
     def copies(self, record: Record, facts: Facts) -> list[Record]:
         """Changed copies of a row for the training split."""
-        if not self._augment.copies or isinstance(record, TokenIds):
+        if self._augment is None or isinstance(record, TokenIds):
             return []
         return augmentations(record, self._augment, facts.key[0])
 
@@ -174,6 +165,20 @@ class RowSteps:
             listing = ", ".join(known[:8])
             raise DataError(f"{row.place}: label {label!r} is not in the label set", f"known labels: {listing}")
         return label
+
+
+def _augment_spec(recipe: Recipe) -> AugmentSpec | None:
+    augment = recipe.augment
+    if not augment.copies:
+        return None
+    return AugmentSpec(
+        copies=augment.copies,
+        swap=augment.swap,
+        drop=augment.drop,
+        synonyms=augment.synonyms,
+        synonym_table=load_synonyms(Path(augment.synonym_file)) if augment.synonym_file else {},
+        seed=recipe.seed,
+    )
 
 
 def _column(row: RawRow, column: str) -> Any:
