@@ -10,6 +10,7 @@ from trainer.data.quality.missing import (
     abnormal_turn,
     abnormality,
     compose_unicode,
+    fix_record,
     strip_control_characters,
 )
 from trainer.data.records import Conversation, PlainText
@@ -112,3 +113,10 @@ def test_fixes_are_final_and_counted(text: str) -> None:
     assert compose_unicode(composed)[1] == 0
     assert abnormality(composed) in (None, *REASONS)
     assert abnormality(composed) != "control_characters"
+
+
+def test_a_record_is_fixed_and_counted() -> None:
+    fixed, counts = fix_record(PlainText("cafe\u0301\x00", "\ufeffa\x01", "a:1"))
+    assert fixed == PlainText("café", "a", "a:1")
+    assert counts == {"control_characters": 3, "unicode_composed": 1}
+    assert fix_record(fixed) == (fixed, {})

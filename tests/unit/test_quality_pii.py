@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.data.quality.pii import KINDS, find_pii, replace_pii
+from trainer.data.quality.pii import KINDS, find_pii, replace_pii, replace_pii_in
+from trainer.data.records import Conversation
 from trainer.errors import UsageError
 
 
@@ -195,7 +196,16 @@ def test_findings_never_overlap_and_the_rest_is_kept(pieces: list[str], between:
 
 
 @pytest.mark.parametrize(
-    "text", ["a" * 200_000, "a@" * 50_000, "1 " * 50_000, "1.1." * 50_000, "a:" * 50_000, "+1" * 50_000]
+    "text",
+    [
+        "a" * 200_000,
+        "a@" * 50_000,
+        "1 " * 50_000,
+        "1.1." * 50_000,
+        "a:" * 50_000,
+        "+1" * 50_000,
+        "-----BEGIN PRIVATE KEY-----" * 8000,
+    ],
 )
 def test_hostile_text_takes_no_time(text: str) -> None:
     from time import process_time
@@ -203,3 +213,13 @@ def test_hostile_text_takes_no_time(text: str) -> None:
     before = process_time()
     find_pii(text, KINDS)
     assert process_time() - before < 3
+
+
+def test_every_text_of_a_record() -> None:
+    call = [{"type": "function", "function": {"name": "mail", "arguments": {"to": ["a@b.io"]}}}]
+    messages = ({"role": "user", "content": "mail a@b.io"}, {"role": "assistant", "content": "", "tool_calls": call})
+    replaced, counts = replace_pii_in(Conversation(messages, None, "a:1"), salt="s")
+    assert isinstance(replaced, Conversation)
+    (address,) = replaced.messages[1]["tool_calls"][0]["function"]["arguments"]["to"]
+    assert replaced.messages[0]["content"] == f"mail {address}"
+    assert counts == {"email": 2}

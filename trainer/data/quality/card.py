@@ -103,8 +103,8 @@ def length_figures(lengths: NDArray[np.int64]) -> LengthFigures:
     if not len(lengths):
         return {"edges": [0, 1], "counts": [0], "percentiles": {}}
     largest = int(lengths.max())
-    powers = [1 << exponent for exponent in range(largest.bit_length() + 1)]
-    candidates = sorted({0, *powers, *(power * 3 // 2 for power in powers[1:])})
+    # Steps of sqrt(2), so that bars of equal width are equal ratios of lengths.
+    candidates = sorted({0, *(round(2 ** (step / 2)) for step in range(2 * largest.bit_length() + 1))})
     low = max(index for index, edge in enumerate(candidates) if edge <= int(lengths.min()))
     high = min(index for index, edge in enumerate(candidates) if edge > largest)
     edges = candidates[low : high + 1]

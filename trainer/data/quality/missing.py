@@ -14,7 +14,7 @@ from itertools import islice
 
 import numpy as np
 
-from trainer.data.quality.text import turns_of
+from trainer.data.quality.text import map_text, turns_of
 from trainer.data.records import Conversation, Record
 
 REASONS = (
@@ -116,6 +116,19 @@ def compose_unicode(text: str) -> tuple[str, int]:
     if unicodedata.is_normalized("NFC", text):
         return text, 0
     return unicodedata.normalize("NFC", text), 1
+
+
+def fix_record(record: Record) -> tuple[Record, Counter[str]]:
+    """The record with both fixes in every text, and counts of "control_characters" and "unicode_composed" texts."""
+    counts = Counter[str]()
+
+    def change(text: str) -> str:
+        text, stripped = strip_control_characters(text)
+        text, composed = compose_unicode(text)
+        counts.update({key: n for key, n in (("control_characters", stripped), ("unicode_composed", composed)) if n})
+        return text
+
+    return map_text(record, change), counts
 
 
 def _at_least(pattern: re.Pattern[str], text: str, count: int) -> bool:

@@ -27,6 +27,8 @@ from dataclasses import dataclass
 from datetime import date
 from hashlib import blake2b
 
+from trainer.data.quality.text import map_text
+from trainer.data.records import Record
 from trainer.errors import UsageError
 
 DEFAULT_KINDS = ("api_key", "email", "iban", "cn_id", "card", "cn_mobile", "ipv6", "ipv4")
@@ -59,6 +61,18 @@ def replace_pii(text: str, kinds: Sequence[str] = DEFAULT_KINDS, salt: str = "")
         counts[finding.kind] += 1
         last = finding.stop
     return ("".join([*pieces, text[last:]]), counts) if counts else (text, counts)
+
+
+def replace_pii_in(record: Record, kinds: Sequence[str] = DEFAULT_KINDS, salt: str = "") -> tuple[Record, Counter[str]]:
+    """`replace_pii` over every text of a record; a `TokenIds` has none and stays."""
+    counts = Counter[str]()
+
+    def change(text: str) -> str:
+        replaced, found = replace_pii(text, kinds, salt)
+        counts.update(found)
+        return replaced
+
+    return map_text(record, change), counts
 
 
 def placeholder(finding: Finding, salt: str = "") -> str:
@@ -139,7 +153,7 @@ _KEY_HINTS = (
 # A secret has a long run that mixes letters and digits; words-joined-by-hyphens have none.
 _LONG_RUN = re.compile(r"[A-Za-z0-9]{8,}")
 _PRIVATE_KEY = re.compile(
-    r"-----BEGIN ((?:[A-Z]+ ){0,3}PRIVATE KEY)-----[A-Za-z0-9+/=\s:,.-]{40,16384}?-----END \1-----"
+    r"-----BEGIN ((?:[A-Z]+ ){0,3}PRIVATE KEY)-----(?:[A-Za-z0-9+/=\s:,.]|-(?!-)){40,16384}-----END \1-----"
 )
 
 
