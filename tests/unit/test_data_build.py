@@ -334,7 +334,7 @@ def test_filters_repairs_and_personal_data_are_counted(tmp_path: Path) -> None:
     ]
     words = [
         "clean.missing=drop",
-        "clean.strip_control=true",
+        "clean.repair=true",
         "clean.pii=[email]",
         "clean.pii_salt=pepper",
         "keep.scripts=[latin]",

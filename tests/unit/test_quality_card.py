@@ -37,7 +37,7 @@ def card(**changes: object) -> DataCard:
         "duplicates": {
             "exact": 0,
             "near": 30,
-            "examples": [{"kept": "chat.jsonl:1", "dropped": "chat.jsonl:9", "kind": "near", "similarity": 0.91}],
+            "examples": [{"kept": "chat.jsonl:1", "dropped": "chat.jsonl:9", "kind": "near"}],
         },
         "examples": [
             {

@@ -9,7 +9,14 @@ from typing import Any
 import numpy as np
 
 from trainer.data.inspect import decoded_parts
-from trainer.data.quality.card import DataCard, DuplicateFigures, MaskExample, SourceFigures, length_figures
+from trainer.data.quality.card import (
+    DataCard,
+    DuplicateFigures,
+    DuplicatePair,
+    MaskExample,
+    SourceFigures,
+    length_figures,
+)
 from trainer.data.quality.leakage import LeakReport
 from trainer.data.reader import TokenStore
 from trainer.data.tokenize import load_tokenizer
@@ -28,7 +35,8 @@ def data_card(store: TokenStore) -> DataCard:
         "title": f"Data card: {store.name}",
         "facts": {
             "documents": f"{manifest['documents']:,}",
-            "rows": f"{manifest['rows']:,} of {plan['sequence_length']:,} tokens, {manifest['padding_share']:.2%} padding",
+            "rows": f"{manifest['rows']:,} of {plan['sequence_length']:,} tokens",
+            "padding": f"{manifest['padding_share']:.2%}",
             "long text": f"{plan['long_text']}, windows of {plan['window']:,} overlap by {plan['overlap']:,}",
             "tokenizer": manifest["tokenizer_fingerprint"][:16],
             "chat template": manifest["template_sha256"][:16],
@@ -87,7 +95,7 @@ def _duplicates(store: TokenStore) -> DuplicateFigures:
                 kind = reason.split(" ")[0]
                 if "duplicates" in reason and kind in counts:
                     counts[kind] += count
-    examples = []
+    examples: list[DuplicatePair] = []
     file = store.path / "reports/left_out.jsonl"
     if file.is_file():
         with file.open(encoding="utf-8") as stream:
@@ -96,7 +104,7 @@ def _duplicates(store: TokenStore) -> DuplicateFigures:
                 if "repeats" in entry and len(examples) < PAIRS_SHOWN:
                     kind = entry["reason"].split(" ")[0]
                     examples.append({"kept": entry["repeats"], "dropped": entry["place"], "kind": kind})
-    return {**counts, "examples": examples}  # type: ignore[typeddict-item]
+    return {"exact": counts["exact"], "near": counts["near"], "examples": examples}
 
 
 def _examples(store: TokenStore) -> Iterator[MaskExample]:

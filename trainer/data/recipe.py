@@ -85,10 +85,8 @@ class Clean(Section):
 
     missing: Literal["keep", "drop", "fail"] = "keep"
     """Rows with an empty or placeholder text ("N/A"), broken characters or endless repetition."""
-    unicode_nfc: Flag = False
-    """Compose characters (Unicode NFC)."""
-    strip_control: Flag = False
-    """Remove control characters except tab and line ends."""
+    repair: Flag = False
+    """Remove control characters (not tabs and line ends) and compose characters (Unicode NFC)."""
     pii: list[PiiKind] = Field(default=[])
     """Kinds of personal data that become placeholders like [EMAIL]."""
     pii_salt: str = ""

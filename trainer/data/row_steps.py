@@ -7,7 +7,6 @@ compared with others, so that two rows that differ only in it are duplicates.
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,9 @@ from trainer.data.quality.augment import AugmentSpec, augmentations, load_synony
 from trainer.data.quality.decontaminate import EvalIndex, contamination
 from trainer.data.quality.duplicates import duplicate_key, signature
 from trainer.data.quality.filters import LengthLimits, filter_reason, length_reason, script_reason
-from trainer.data.quality.missing import abnormal_turn, compose_unicode, strip_control_characters
-from trainer.data.quality.pii import replace_pii
-from trainer.data.quality.text import identity_of, map_text, text_of
+from trainer.data.quality.missing import abnormal_turn, fix_record
+from trainer.data.quality.pii import replace_pii_in
+from trainer.data.quality.text import identity_of, text_of
 from trainer.data.recipe import Recipe
 from trainer.data.records import Record, TokenIds
 from trainer.data.report import Tally
@@ -30,6 +29,7 @@ from trainer.data.sources import RawRow
 from trainer.errors import DataError
 
 CONTAMINATED = "rows with text of the evaluation files"
+_REPAIRS = {"control_characters": "control characters removed", "unicode_composed": "texts composed to NFC"}
 _WORDS = {
     "too_short": "rows that are too short",
     "too_long": "rows that are too long",
@@ -80,12 +80,18 @@ class RowSteps:
         """
         if isinstance(record, TokenIds):
             return record, None
-        record = self._repaired(record, place, changed)
+        clean = self._recipe.clean
+        if clean.repair:
+            record, counts = fix_record(record)
+            for repair, count in counts.items():
+                changed.add(_REPAIRS[repair], place, count)
         reason = self._abnormal(record, place)
         if reason is None:
             reason = self._filtered(record, place)
-        if reason is None and self._recipe.clean.pii:
-            record = self._without_pii(record, place, changed)
+        if reason is None and clean.pii:
+            record, counts = replace_pii_in(record, clean.pii, clean.pii_salt)
+            for kind, count in counts.items():
+                changed.add(f"personal data replaced: {kind}", place, count)
         if reason is None and self._evaluation is not None:
             share = contamination(text_of(record), self._evaluation)
             reason = CONTAMINATED if share > self._recipe.decontaminate.max_share else None
@@ -104,7 +110,7 @@ class RowSteps:
             group = xxhash.xxh3_64_intdigest(str(_column(row, recipe.split.group_by)).encode())
         label = "" if recipe.label.column is None else self._label(row, recipe.label.column)
         time = float("nan") if recipe.split.time_column is None else _time(row, recipe.split.time_column)
-        minhash = signature(text_of(record)) if recipe.duplicates.near != "off" else None
+        minhash = signature(identity_of(record)) if recipe.duplicates.near != "off" else None
         return Facts(key, group, label, time, minhash)
 
     def copies(self, record: Record, facts: Facts) -> list[Record]:
@@ -112,23 +118,6 @@ class RowSteps:
         if self._augment is None or isinstance(record, TokenIds):
             return []
         return augmentations(record, self._augment, facts.key[0])
-
-    def _repaired(self, record: Record, place: str, changed: Tally) -> Record:
-        clean = self._recipe.clean
-        repairs: list[tuple[str, Callable[[str], tuple[str, int]]]] = []
-        if clean.strip_control:
-            repairs.append(("control characters removed", strip_control_characters))
-        if clean.unicode_nfc:
-            repairs.append(("texts composed to NFC", compose_unicode))
-        for name, repair in repairs:
-
-            def change(text: str, name: str = name, repair: Callable[[str], tuple[str, int]] = repair) -> str:
-                text, count = repair(text)
-                changed.add(name, place, count)
-                return text
-
-            record = map_text(record, change)
-        return record
 
     def _abnormal(self, record: Record, place: str) -> str | None:
         if self._recipe.clean.missing == "keep" or (found := abnormal_turn(record)) is None:
@@ -146,17 +135,6 @@ class RowSteps:
         if reason is None and keep.hook is not None:
             reason = filter_reason(keep.hook, text_of(record), place, Path.cwd())
         return None if reason is None else _WORDS.get(reason, f"rows refused by {reason}")
-
-    def _without_pii(self, record: Record, place: str, changed: Tally) -> Record:
-        clean = self._recipe.clean
-
-        def change(text: str) -> str:
-            text, counts = replace_pii(text, clean.pii, clean.pii_salt)
-            for kind, count in counts.items():
-                changed.add(f"personal data replaced: {kind}", place, count)
-            return text
-
-        return map_text(record, change)
 
     def _label(self, row: RawRow, column: str) -> str:
         label = str(_column(row, column))

@@ -59,7 +59,6 @@ class DuplicatePair(TypedDict):
     kept: str
     dropped: str
     kind: str
-    similarity: float
 
 
 class DuplicateFigures(TypedDict):
@@ -356,10 +355,7 @@ def _duplicates_html(duplicates: DuplicateFigures) -> str:
     said = f"{duplicates['exact']:,} exact and {duplicates['near']:,} near duplicates were left out."
     if not duplicates["examples"]:
         return f"<section>\n<h2>Duplicates</h2>\n<p>{said}</p>\n</section>\n"
-    rows = [
-        (_html(pair["dropped"]), _html(pair["kept"]), _html(pair["kind"]), f"{pair['similarity']:.2f}")
-        for pair in duplicates["examples"]
-    ]
+    rows = [(_html(pair["dropped"]), _html(pair["kept"]), _html(pair["kind"])) for pair in duplicates["examples"]]
     columns = ("Left out", "Kept instead", "Kind", "Similarity")
     return _table_html("Duplicates", f"{said} Some of them:", columns, rows, 1)
 
@@ -437,7 +433,7 @@ def show_card(card: DataCard, console: Console | None = None) -> None:
     if duplicates := card.get("duplicates"):
         console.print(Text(f"Duplicates left out: {duplicates['exact']:,} exact, {duplicates['near']:,} near", "bold"))
         for pair in duplicates["examples"]:
-            line = f"  {pair['dropped']} = {pair['kept']} ({pair['kind']}, {pair['similarity']:.2f})"
+            line = f"  {pair['dropped']} = {pair['kept']} ({pair['kind']})"
             console.print(Text(_plain(line)))
     if examples := card.get("examples"):
         console.print(Text.assemble(("What is trained on: ", "bold"), ("⟦targets⟧", "green")))
