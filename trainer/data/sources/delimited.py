@@ -141,7 +141,8 @@ def parse_record(raw: bytes, delimiter: str, *, quotes_match: bool) -> list[str]
     try:
         return next(csv.reader([text], delimiter=delimiter, strict=True), [])
     except csv.Error as error:
-        raise RowProblem(f"not a CSV record: {error}", "quote cells that hold quotes or line ends") from error
+        fact = "a carriage return outside quotes" if "\r" in text else f"not a CSV record: {error}"
+        raise RowProblem(fact, "quote cells that hold line ends") from error
 
 
 def _read_header(window: Window, cutter: RecordCutter) -> tuple[str, ...]:

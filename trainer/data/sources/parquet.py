@@ -45,9 +45,12 @@ class ParquetChunk:
         with arrow_errors(self.file, "Parquet"):
             table = _open(self.path)
         with table:
-            groups = range(self.first_group, self.stop_group)
-            batches = table.iter_batches(BATCH_ROWS, row_groups=groups, use_threads=False)
-            yield from rows_of_batches(batches, self.row_count, self.file, self.first_row, "Parquet")
+            first_row = self.first_row
+            for group in range(self.first_group, self.stop_group):
+                count = table.metadata.row_group(group).num_rows
+                batches = table.iter_batches(BATCH_ROWS, row_groups=[group], use_threads=False)
+                yield from rows_of_batches(batches, count, self.file, first_row, "Parquet")
+                first_row += count
 
 
 def parquet_chunks(file: InputFile, chunk_bytes: int) -> Iterator[Chunk]:
