@@ -60,7 +60,7 @@ def test_from_files_to_a_shown_store(work: Path, capsys: pytest.CaptureFixture[s
         (["--input", "a.json", "--format", "messages"], 65, "a.json:2: 'messages' is missing"),
         (["--input", "a.json", "--overlap", "64"], 2, "overlap 64 does not fit sequence length 64"),
         (["--input", "a.json", "--sequence-length", "0"], 2, "too short"),
-        (["--input", "tokenizer"], 65, "load_from_disk cannot open"),
+        (["--input", "tokenizer"], 65, "tokenizer.json:1: no known format"),
         (["--input", "a.json", "--tokenizer", "none"], 66, "no tokenizer directory none"),
     ],
 )
