@@ -25,7 +25,7 @@ from trainer.errors import UsageError
 BLOCK = 1024
 _CYCLE = 1024
 _WHOLE = BLOCK * _CYCLE
-# Where the comb lies in each block of a cycle: the bits of its number reversed (van der Corput's sequence), which
+# Where the comb lies in each block of a cycle: the bits of the number of the block reversed (van der Corput), which
 # spreads the draws of a small piece as evenly over the cycle as those of a large one.
 _COMB = np.array([int(f"{block:010b}"[::-1], 2) for block in range(_CYCLE)])
 
