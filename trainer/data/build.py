@@ -30,7 +30,7 @@ from trainer.data.reader import (
     default_overlap,
     plan_name,
 )
-from trainer.data.records import Conversation, detect_format, to_conversation
+from trainer.data.records import Conversation, Layout, Record, detect_layout, to_record
 from trainer.data.shard_writer import ShardWriter
 from trainer.data.shards import write_arrays
 from trainer.data.sources import read_rows
@@ -179,19 +179,21 @@ def _encode_source(
         DataError: a bad row, or an input in which nothing is supervised.
     """
     report: SourceReport | None = None
+    layout = Layout("", {})
     first_place = ""
     for row in read_rows(path):
         if report is None:
             size, digest = _measure(path)
-            report = SourceReport(file=str(path), bytes=size, sha256=digest, format=format or detect_format(row))
+            layout = detect_layout(row, None, format)
+            report = SourceReport(file=str(path), bytes=size, sha256=digest, format=layout.format)
             first_place = row.place
-        conversation = to_conversation(row, report.format)
+        record = to_record(row, layout)
         report.rows += 1
         if progress and report.rows % PROGRESS_ROWS == 0:
             progress(report.file, report.rows)
-        if not _has_answer(conversation, report):
+        if not _has_answer(record, report):
             continue
-        for document in encoder.encode(conversation):
+        for document in encoder.encode(record):
             if not document.spans:
                 continue
             writer.add(document, number, row.line)
@@ -213,15 +215,16 @@ def _encode_source(
     return report
 
 
-def _has_answer(conversation: Conversation, report: SourceReport) -> bool:
+def _has_answer(record: Record, report: SourceReport) -> bool:
     """Count rows that would teach nothing, or teach silence."""
-    if not any(message["role"] == "assistant" for message in conversation.messages):
+    answers = not isinstance(record, Conversation) or any(item["role"] == "assistant" for item in record.messages)
+    if not answers:
         report.rows_without_answer += 1
-        report.first_without_answer = report.first_without_answer or conversation.place
+        report.first_without_answer = report.first_without_answer or record.place
         return False
-    if conversation.empty_answer:
+    if record.empty_answer:
         report.rows_with_empty_answer += 1
-        report.first_empty_answer = report.first_empty_answer or conversation.place
+        report.first_empty_answer = report.first_empty_answer or record.place
         return False
     return True
 
