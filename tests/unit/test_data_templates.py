@@ -6,7 +6,7 @@ import pytest
 
 from tests.support.corpora import conversation, default_tokenizer, tiny_tokenizer
 from trainer.data.records import Conversation
-from trainer.data.templates import DEFAULT_CHAT_TEMPLATE, MARKERS, PREFIX, ROW_PER_TURN, Encoded, encode_conversation
+from trainer.data.templates import DEFAULT_CHAT_TEMPLATE, MARKERS, PREFIX, ROW_PER_TURN, Encoded, Encoder
 from trainer.errors import DataError
 
 NO_MARKERS = re.sub(r"\{%-? (end)?generation %\}\n", "", DEFAULT_CHAT_TEMPLATE)
@@ -71,7 +71,7 @@ def supervised(tokenizer: Any, encoded: Encoded) -> list[str]:
 
 def encode(conversation: Conversation, template: str, **options: Any) -> tuple[Any, list[Encoded]]:
     tokenizer = tiny_tokenizer(template, **options)
-    return tokenizer, encode_conversation(tokenizer, conversation)
+    return tokenizer, Encoder(tokenizer).encode(conversation)
 
 
 @pytest.mark.parametrize(("template", "method"), [(DEFAULT_CHAT_TEMPLATE, MARKERS), (NO_MARKERS, PREFIX)])
@@ -190,7 +190,7 @@ def test_control_tokens_in_content_stay_text(template: str, role: str) -> None:
         return conversation(*texts.items(), ("assistant", "done"))
 
     tokenizer, attacked = encode(talk(ATTACK), template)
-    harmless = encode_conversation(tokenizer, talk("harmless"))
+    harmless = Encoder(tokenizer).encode(talk("harmless"))
     assert [control_ids(tokenizer, document) for document in attacked] == [
         control_ids(tokenizer, document) for document in harmless
     ]
@@ -240,7 +240,7 @@ def test_added_tokens_found_only_after_normalisation_stay_text() -> None:
     tokenizer = tiny_tokenizer(extra_tokens=[AddedToken("<end>", special=True, normalized=True)])
     tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
     assert tokenizer("a<END>")["input_ids"][-1] == tokenizer.convert_tokens_to_ids("<end>")
-    (encoded,) = encode_conversation(tokenizer, conversation(("user", "a<END>b"), ("assistant", "ok")))
+    (encoded,) = Encoder(tokenizer).encode(conversation(("user", "a<END>b"), ("assistant", "ok")))
     assert tokenizer.convert_tokens_to_ids("<end>") not in encoded.ids.tolist()
     assert encoded.neutralised == ("<END>",)
 
@@ -333,7 +333,7 @@ def prefix_space_tokenizer() -> Any:
 
 def test_no_space_appears_where_the_text_is_cut() -> None:
     tokenizer = prefix_space_tokenizer()
-    (encoded,) = encode_conversation(tokenizer, conversation(("user", "x</s>y"), ("assistant", "ok</s>!")))
+    (encoded,) = Encoder(tokenizer).encode(conversation(("user", "x</s>y"), ("assistant", "ok</s>!")))
     # (The space after <s> is this tokenizer's own; cuts must not add more.)
     assert tokenizer.decode(encoded.ids.tolist()).replace("<s> ", "<s>", 1) == "<s>q: x</s>y a: ok</s>!</s>"
     assert supervised(tokenizer, encoded) == ["ok</s>!</s>"]
@@ -345,7 +345,7 @@ def test_every_shape_of_conversation_gives_the_same_answers_by_every_method() ->
     texts = ["a", "\n\n", "  x ", "<|im_end|>", "assistant", "<"]
     for user, answer in itertools.product(texts, texts):
         talk = conversation(("user", user), ("assistant", answer), ("user", answer), ("assistant", user))
-        results = [encode_conversation(tokenizer, talk)[0] for tokenizer in tokenizers.values()]
+        results = [Encoder(tokenizer).encode(talk)[0] for tokenizer in tokenizers.values()]
         assert results[0].ids.tolist() == results[1].ids.tolist()
         assert results[0].spans == results[1].spans
         assert supervised(default_tokenizer(), results[0]) == [f"{answer}<|im_end|>", f"{user}<|im_end|>"]

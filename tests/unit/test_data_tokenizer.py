@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.corpora import alpaca_rows, conversation, tiny_tokenizer
-from trainer.data.templates import encode_conversation
+from trainer.data.templates import Encoder
 from trainer.data.tokenize import fingerprint, load_tokenizer, padding_id, template_hash
 from trainer.data.tokenizer_training import STRESS_TEXTS, TokenizerReport, train_tokenizer
 from trainer.errors import CannotWriteError, DataError, UsageError
@@ -71,7 +71,7 @@ def test_ids_equal_sentencepiece_on_anything(tokenizer: Any, sentencepiece_model
 
 def test_control_texts_in_conversations_get_the_ids_of_plain_text(tokenizer: Any, sentencepiece_model: Any) -> None:
     text = "<|im_end|>"
-    (encoded,) = encode_conversation(tokenizer, conversation(("user", text), ("assistant", "ok")))
+    (encoded,) = Encoder(tokenizer).encode(conversation(("user", text), ("assistant", "ok")))
     plain = sentencepiece_model.encode(text)
     begin = len(tokenizer("<|im_start|>user\n")["input_ids"])
     assert encoded.ids[begin : begin + len(plain) + 1].tolist() == [*plain, tokenizer.eos_token_id]

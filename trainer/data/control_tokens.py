@@ -28,7 +28,8 @@ class TextEncoder:
     """Marks control-token texts in data, and encodes rendered text that has such marks.
 
     Args:
-        tokenizer: a transformers tokenizer with a chat template and a `tokenizers` backend.
+        tokenizer: a transformers tokenizer with a `tokenizers` backend; without a chat template only special tokens are
+            control tokens.
 
     `contents` are the texts of all control tokens, `stop_ids` the special ones among them, which can end a turn.
     """
@@ -36,7 +37,7 @@ class TextEncoder:
     def __init__(self, tokenizer: Any) -> None:
         from tokenizers import Tokenizer
 
-        templates = tokenizer.chat_template
+        templates = tokenizer.chat_template or ""
         written = templates if isinstance(templates, str) else "\n".join(templates.values())
         definition = json.loads(tokenizer.backend_tokenizer.to_str())
         definition |= {"truncation": None, "padding": None, "post_processor": None}

@@ -45,20 +45,29 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def texts_of(path: Path) -> Iterator[str]:
-    """Every text a model would see of one input file: contents of conversations, or lines of a .txt file."""
-    from trainer.data.records import read_conversations
+    """Every text a model would see of one input file: contents of its records, or lines of a .txt file."""
+    from trainer.data.records import Layout, PlainText, TokenIds, detect_layout, to_record
     from trainer.data.sources import read_lines, read_rows
+    from trainer.errors import DataError
 
     if path.suffix == ".txt":
         yield from read_lines(path)
         return
-    for conversation in read_conversations(read_rows(path)):
-        for message in conversation.messages:
+    layout: Layout | None = None
+    for row in read_rows(path):
+        layout = layout or detect_layout(row)
+        record = to_record(row, layout)
+        if isinstance(record, TokenIds):
+            raise DataError(f"{record.place}: token ids, not text", "give the text they were made from")
+        if isinstance(record, PlainText):
+            yield from filter(None, (record.prompt, record.text))
+            continue
+        for message in record.messages:
             yield message["content"]
             if calls := message.get("tool_calls"):
                 yield from _json_texts(calls)
-        if conversation.tools:
-            yield from _json_texts(conversation.tools)
+        if record.tools:
+            yield from _json_texts(record.tools)
 
 
 def _json_texts(items: list[dict[str, Any]]) -> Iterator[str]:
