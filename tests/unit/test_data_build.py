@@ -75,7 +75,7 @@ def die(progress, seen=[]):
         os.kill(os.getpid(), signal.SIGKILL)
 if __name__ == "__main__":
     recipe = recipe_of([work / "rows.jsonl"], work / "tokenizer", 128)
-    build.build_store(recipe, work / "store", workers=workers, chunk_bytes=5000, progress=die)
+    build.build_store(recipe, work / "store", workers=workers, chunk_bytes=1500, progress=die)
 """
 
 
@@ -84,7 +84,7 @@ def test_a_killed_build_continues_and_ends_the_same(tmp_path: Path, workers: int
     tokenizer = save_tokenizer(tmp_path / "tokenizer")
     file = write_json_lines(tmp_path / "rows.jsonl", alpaca_rows(200))
     recipe = recipe_of([file], tokenizer, 128)
-    build_store(recipe, tmp_path / "whole", chunk_bytes=5000)
+    build_store(recipe, tmp_path / "whole", workers=1, chunk_bytes=1500)
     script = tmp_path / "killed.py"
     script.write_text(KILLED_BUILD)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -99,8 +99,7 @@ def test_a_killed_build_continues_and_ends_the_same(tmp_path: Path, workers: int
         assert time.monotonic() < deadline, "a worker outlived the build"
         time.sleep(0.05)
 
-    encoded: list[str] = []
-    build_store(recipe, tmp_path / "store", workers=1, chunk_bytes=5000, progress=lambda _: encoded.append(""))
+    build_store(recipe, tmp_path / "store", workers=1, chunk_bytes=1500)
     assert content(tmp_path / "store") == content(tmp_path / "whole")
     assert not work.exists()
 
@@ -123,7 +122,7 @@ def test_finished_parts_are_kept_after_a_bad_row_and_used_again(
     file = write_json_lines(tmp_path / "rows.jsonl", [*rows, {"instruction": "a", "output": 5}])
     recipe = recipe_of([file], tokenizer, 128)
     with pytest.raises(DataError, match=r"rows\.jsonl:201: 'output' must be a string"):
-        build_store(recipe, tmp_path / "store", chunk_bytes=5000)
+        build_store(recipe, tmp_path / "store", workers=1, chunk_bytes=1500)
     assert "finished parts are kept" in capsys.readouterr().err
     before = {part.name: part.stat().st_ino for part in (tmp_path / ".store.work/parts").iterdir()}
     write_json_lines(file, [*rows, {"instruction": "a", "output": "mended"}])
@@ -132,14 +131,13 @@ def test_finished_parts_are_kept_after_a_bad_row_and_used_again(
     build_store(
         recipe,
         tmp_path / "store",
-        chunk_bytes=5000,
+        workers=1,
+        chunk_bytes=1500,
         progress=lambda _: again.append({part.stat().st_ino for part in parts.iterdir()}),
     )
     assert len(before) > 5
     assert set(before.values()) <= again[-1]
     assert open_store(tmp_path / "store").n_documents == 201
-    # Another recipe makes the parts worthless.
-    (tmp_path / ".store.work").mkdir()
 
 
 def test_two_builds_of_one_store_at_once_are_refused(tmp_path: Path) -> None:
@@ -273,11 +271,9 @@ def test_splits_by_label_and_by_time(tmp_path: Path) -> None:
     tokenizer = save_tokenizer(tmp_path / "tokenizer")
     rows = grouped_rows(90)
     file = write_json_lines(tmp_path / "rows.jsonl", rows)
-    label = "label={column: kind, values: [a, b, c]}"
     with pytest.raises(ConfigError):
         recipe_of([file], tokenizer, 128, "split.stratify_by=label", "split.shares={train: 0.5, test: 0.5}")
     words = ["label.column=kind", "label.values=[a, b, c]", "split.shares={train: 0.5, test: 0.5}"]
-    assert label
     report = build_store(recipe_of([file], tokenizer, 128, *words, "split.stratify_by=label"), tmp_path / "label")
     for store in map(open_store, (tmp_path / "label/train", tmp_path / "label/test")):
         counts = np.bincount(store.column("label"), minlength=3)

@@ -34,8 +34,13 @@ from trainer.data.recipe import Recipe
 from trainer.data.records import Layout, Record, detect_layout, to_record
 from trainer.data.report import SourceReport
 from trainer.data.sources import Chunk, InputFile, RawRow, chunks, locate, read_rows
-from trainer.data.tokenize import TwinMismatch, fingerprint, load_tokenizer, template_hash
+from trainer.data.tokenize import fingerprint, load_tokenizer, template_hash
 from trainer.data.work import Work
+
+
+class TwinMismatch(Exception): ...
+
+
 from trainer.durable import file_chunks, sha256_of_file, sync_directory, write_errors
 from trainer.errors import CannotWriteError, DataError
 

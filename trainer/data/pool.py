@@ -84,7 +84,7 @@ def encode_all(
 def make_encoder(settings: Settings, tokenizer: Any) -> PartEncoder:
     """The encoder of one process."""
     recipe = settings.recipe
-    encoder = Encoder(tokenizer, recipe.mask.train_on, fast=settings.fast)
+    encoder = Encoder(tokenizer, recipe.mask.train_on)
     return PartEncoder(recipe, tokenizer, encoder, RowSteps(recipe, settings.evaluation))
 
 

@@ -117,6 +117,6 @@ def report_lines(report: Mapping[str, Any]) -> Iterator[str]:
 
 def _over_all_stores(number: int, stores: list[dict[str, Any]]) -> dict[str, Any]:
     """One source's counts summed over the stores of a split; what was read is the same in each."""
-    mine = [store["sources"][number] for store in stores]
+    mine: list[dict[str, Any]] = [store["sources"][number] for store in stores]
     summed = ("documents", "tokens", "supervised_tokens", "windows_dropped", "supervised_lost", "long_documents")
     return mine[0] | {name: sum(source[name] for source in mine) for name in summed}

@@ -96,13 +96,14 @@ class ShardWriter:
 def _document_hashes(arrays: Mapping[str, NDArray[Any]]) -> NDArray[np.uint64]:
     """xxh3 of ids and spans of every document: what it trains, not where it came from."""
     offsets, spans = arrays["document_offsets"].tolist(), arrays["span_offsets"].tolist()
-    ids = memoryview(arrays["ids"].view(np.uint8))
-    loss = memoryview(np.ascontiguousarray(arrays["loss_spans"]).reshape(-1).view(np.uint8))
+    ids = arrays["ids"].view(np.uint8)
+    loss = np.ascontiguousarray(arrays["loss_spans"]).reshape(-1).view(np.uint8)
     width = arrays["ids"].dtype.itemsize
     return np.array(
         [
             xxhash.xxh3_64_intdigest(
-                bytes(ids[offsets[i] * width : offsets[i + 1] * width]) + bytes(loss[spans[i] * 8 : spans[i + 1] * 8])
+                ids[offsets[i] * width : offsets[i + 1] * width].tobytes()
+                + loss[spans[i] * 8 : spans[i + 1] * 8].tobytes()
             )
             for i in range(len(offsets) - 1)
         ],

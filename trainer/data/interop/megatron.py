@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.sources.megatron import DTYPE_CODES, MAGIC
+from trainer.data.sources.detect import MEGATRON_MAGIC
+from trainer.data.sources.megatron import HEADER, INTEGER_TYPES
 
 
 def write_megatron(bin_file: Path, idx_file: Path, sequences: Iterable[NDArray[Any]], dtype: np.dtype[Any]) -> None:
     """Write arrays of `dtype` as one document each, both files synced."""
-    code = next(code for code, known in DTYPE_CODES.items() if np.dtype(known) == dtype)
+    code = next(code for code, known in INTEGER_TYPES.items() if np.dtype(known) == dtype)
     lengths = []
     with bin_file.open("wb") as stream:
         for sequence in sequences:
@@ -30,9 +31,7 @@ def write_megatron(bin_file: Path, idx_file: Path, sequences: Iterable[NDArray[A
         os.fsync(stream.fileno())
     sizes = np.array(lengths, dtype=np.int64) * dtype.itemsize
     with idx_file.open("wb") as stream:
-        stream.write(MAGIC)
-        stream.write(np.uint64(1).tobytes() + np.uint8(code).tobytes())
-        stream.write(np.uint64(len(lengths)).tobytes() + np.uint64(len(lengths) + 1).tobytes())
+        stream.write(HEADER.pack(MEGATRON_MAGIC, 1, code, len(lengths), len(lengths) + 1))
         stream.write(np.array(lengths, dtype=np.int32).tobytes())
         stream.write((np.cumsum(sizes) - sizes).astype(np.int64).tobytes())
         stream.write(np.arange(len(lengths) + 1, dtype=np.int64).tobytes())

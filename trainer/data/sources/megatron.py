@@ -21,8 +21,8 @@ from trainer.data.sources.rows import MAX_ROW_BYTES, BadRow, Chunk, InputFile, R
 from trainer.data.sources.streams import cannot_read, read_ranges
 from trainer.errors import DataError
 
-_HEADER = struct.Struct("<9sQBQQ")
-_INTEGER_TYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+HEADER = struct.Struct("<9sQBQQ")
+INTEGER_TYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 _COPY_REMEDY = "get complete copies of the .bin and the .idx file, made together"
 
 
@@ -91,23 +91,23 @@ def _read_index(
     index: bytes, name: str, data_bytes: int
 ) -> tuple[str, NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """Type of an id, first and one-past-last byte of each sequence, document table; all checked against the sizes."""
-    if len(index) < _HEADER.size:
+    if len(index) < HEADER.size:
         raise DataError(f"{name}: the index has no header (cut off?)", _COPY_REMEDY)
-    magic, version, code, sequences, document_entries = _HEADER.unpack_from(index)
+    magic, version, code, sequences, document_entries = HEADER.unpack_from(index)
     if magic != MEGATRON_MAGIC or version != 1:
         raise DataError(f"{name}: not a Megatron index of version 1", "preprocess the data again")
-    if code not in _INTEGER_TYPES:
+    if code not in INTEGER_TYPES:
         raise DataError(f"{name}: type code {code} is not one of integer token ids", "preprocess the data again")
-    expected = _HEADER.size + 12 * sequences + 8 * document_entries
+    expected = HEADER.size + 12 * sequences + 8 * document_entries
     if len(index) != expected:
         modes = len(index) == expected + sequences
         what = "holds several modalities" if modes else f"has {len(index):,} bytes where {expected:,} are expected"
         raise DataError(f"{name}: the index {what}", "give text data" if modes else _COPY_REMEDY)
-    at = _HEADER.size
+    at = HEADER.size
     lengths = np.frombuffer(index, "<i4", sequences, at).astype(np.int64)
     starts = np.frombuffer(index, "<i8", sequences, at + 4 * sequences).astype(np.int64)
     documents = np.frombuffer(index, "<i8", document_entries, at + 12 * sequences).astype(np.int64)
-    dtype = _INTEGER_TYPES[code]
+    dtype = INTEGER_TYPES[code]
     sizes = lengths * np.dtype(dtype).itemsize
     outside = (lengths < 0) | (starts < 0) | (starts > data_bytes - sizes)
     if outside.any():
