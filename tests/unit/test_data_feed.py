@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.support.corpora import alpaca_rows, message_rows, save_tokenizer, tiny_store, write_json_lines
+from tests.support.corpora import alpaca_rows, message_rows, recipe_of, save_tokenizer, tiny_store, write_json_lines
 from trainer.config.deepspeed import micro_batches
+from trainer.data.build import build_store
 from trainer.data.feed import IGNORED, Feed, MicroBatch, StepBatch, evaluation_batches, make_micro_batch
 from trainer.data.mixture import mixed_order
 from trainer.data.order import BlockOrder, GlobalOrder, Order
 from trainer.data.packing import RowPlan
-from trainer.data.store import TokenStore, build_store, open_store
+from trainer.data.store import TokenStore, open_store
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +140,7 @@ def two_sources(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
         write_json_lines(directory / "chat.jsonl", message_rows(30, seed=2, turns=3, longest=15)),
         write_json_lines(directory / "facts.jsonl", alpaca_rows(25, seed=4)),
     ]
-    build_store(files, save_tokenizer(directory / "tokenizer"), directory / "store", 160, shard_tokens=1500)
+    build_store(recipe_of(files, save_tokenizer(directory / "tokenizer"), 160), directory / "store", shard_tokens=1500)
     return open_store(directory / "store")
 
 

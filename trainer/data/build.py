@@ -24,7 +24,7 @@ import xxhash
 
 from trainer.cli import VERSION
 from trainer.data.decide import decide, row_table
-from trainer.data.gather import Build, write_stores
+from trainer.data.gather import Build, plan_spec, write_stores
 from trainer.data.parts import REFUSED, Task, read_part
 from trainer.data.pool import Settings, encode_all
 from trainer.data.quality.decontaminate import EvalIndex, build_index
@@ -92,8 +92,8 @@ def build_store(
             one.
     """
     check_target(out, overwrite)
-    tokenizer_path = Path(recipe.tokenizer)
-    tokenizer = load_tokenizer(tokenizer_path)
+    plan_spec(recipe).check()
+    tokenizer = load_tokenizer(Path(recipe.tokenizer))
     evaluation = _evaluation(recipe)
     identity = {
         "version": VERSION,

@@ -17,6 +17,8 @@ from trainer.durable import write_errors, write_file
 from trainer.locks import take_lock
 
 IDENTITY = "identity.json"
+WORTH_KEEPING = 2
+"""Parts. A single one is made again in seconds, and a small build that failed should leave nothing behind."""
 
 
 class Work:
@@ -38,21 +40,27 @@ class Work:
         with write_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         self._lock: IO[str] = take_lock(self.path / "lock", f"the build of {out}", "wait for it, or stop it")
-        written = self.path / IDENTITY
-        expected = json.dumps(identity, sort_keys=True, ensure_ascii=False)
-        if not written.is_file() or written.read_text(encoding="utf-8") != expected:
-            with write_errors(self.path):
-                shutil.rmtree(self.parts, ignore_errors=True)
-            write_file(written, expected)
-        with write_errors(self.path):
-            self.parts.mkdir(exist_ok=True)
-            self.spool.mkdir(exist_ok=True)
-            for half in self.parts.glob(".*.writing"):
-                half.unlink()
+        try:
+            self._prepare(json.dumps(identity, sort_keys=True, ensure_ascii=False))
+        except BaseException:
+            self.leave()
+            raise
 
     def finished(self) -> set[str]:
         """Names of the parts that are complete."""
         return {part.name for part in self.parts.iterdir() if not part.name.startswith(".")}
+
+    def _prepare(self, identity: str) -> None:
+        """Make the directories, without parts of another build."""
+        written = self.path / IDENTITY
+        with write_errors(self.path):
+            if not written.is_file() or written.read_text(encoding="utf-8") != identity:
+                shutil.rmtree(self.parts, ignore_errors=True)
+                write_file(written, identity)
+            self.parts.mkdir(exist_ok=True)
+            self.spool.mkdir(exist_ok=True)
+            for half in self.parts.glob(".*.writing"):
+                half.unlink()
 
     def forget_parts(self) -> None:
         """Remove all parts."""
@@ -70,10 +78,10 @@ class Work:
         self._lock.close()
 
     def leave(self) -> int:
-        """The build failed: keep finished parts for the next one, remove the rest; returns how many were kept."""
+        """The build failed: keep finished parts for the next one if they are worth it; returns how many were kept."""
         kept = len(self.finished()) if self.parts.is_dir() else 0
-        if kept:
-            self._lock.close()
-        else:
+        if kept < WORTH_KEEPING:
             self.remove()
+            return 0
+        self._lock.close()
         return kept
