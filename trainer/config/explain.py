@@ -113,7 +113,8 @@ def _type(schema: dict[str, Any]) -> str:
 
 def _example(key: str, schema: type[Section]) -> str:
     field = keys(schema)[key]
-    value = EXAMPLES.get(key, None if field.is_required() else field.default)
+    given = field.examples[0] if field.examples else None if field.is_required() else field.default
+    value = EXAMPLES.get(key, given)
     quote = "'" if isinstance(value, dict | list) else ""
     return f"{quote}{key}={_value(value)}{quote}"
 

@@ -156,7 +156,7 @@ def _recipe(arguments: argparse.Namespace) -> int:
     from trainer.data.recipe import Recipe
 
     if arguments.json:
-        print(json.dumps(json_schema(Recipe), indent=2, ensure_ascii=False))
+        print(json.dumps(json_schema(Recipe, "Steadfast recipe of a token store"), indent=2, ensure_ascii=False))
     else:
         print(explain(arguments.key, Recipe))
     return 0

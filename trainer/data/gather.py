@@ -286,7 +286,7 @@ def _histogram(lengths: NDArray[np.int64]) -> dict[str, int]:
 
 
 def _write_lists(directory: Path, build: Build) -> None:
-    """reports/left_out.jsonl: rows left out and duplicates, and why; reports/quarantine.jsonl: bad rows and their bytes."""
+    """reports/left_out.jsonl: rows left out and duplicates, and why; quarantine.jsonl: bad rows and their bytes."""
     listed: dict[str, list[dict[str, Any]]] = {"left_out": [], "quarantine": []}
     for part in build.parts:
         for row in part.left_out:

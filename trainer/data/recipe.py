@@ -45,7 +45,7 @@ class Source(Section):
 class Rows(Section):
     """Rows of training: how long, packed or not, and what happens to documents that do not fit."""
 
-    sequence_length: Count
+    sequence_length: Annotated[Count, Field(examples=[4096])]
     """Tokens in a row. Another length later only makes a new plan: nothing is tokenised again."""
     packing: Flag = True
     """Put several samples into one row (they cannot see each other)."""
@@ -56,9 +56,9 @@ class Rows(Section):
 class Windows(Section):
     """Overlapping windows of long documents; every supervised token is a target exactly once."""
 
-    length: Count | None = None
+    length: Annotated[Count | None, Field(examples=[4096])] = None
     """Tokens in a window; default: the sequence length."""
-    overlap: Count | None = None
+    overlap: Annotated[Count | None, Field(examples=[512])] = None
     """Tokens that neighbouring windows share; default: an eighth of the window."""
     pin_prefix: Flag = False
     """Repeat the system message (or the instruction of an alpaca row) unsupervised at the head of every window."""
@@ -98,7 +98,7 @@ class Keep(Section):
 
     min_characters: CountOrZero = 0
     """Shortest conversation, characters of its user and assistant texts."""
-    max_characters: Count | None = None
+    max_characters: Annotated[Count | None, Field(examples=[100_000])] = None
     """Longest conversation."""
     min_answer_characters: CountOrZero = 0
     """Shortest answer."""
@@ -106,7 +106,7 @@ class Keep(Section):
     """Writing systems a text must mainly consist of."""
     script_share: Fraction = 0.8
     """Share of the letters that must be of these scripts."""
-    hook: str | None = None
+    hook: Annotated[str | None, Field(examples=["my_filters:keep"])] = None
     """Your own function `module:function`, called with the text; true keeps the row."""
 
 
@@ -133,15 +133,17 @@ class Decontaminate(Section):
 class Split(Section):
     """Several stores from one build. A group of rows that belong together is never torn apart."""
 
-    shares: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(default={})
+    shares: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(
+        default={}, examples=[{"train": 0.98, "validation": 0.01, "test": 0.01}]
+    )
     """E.g. {train: 0.98, validation: 0.01, test: 0.01}; each becomes a store OUT/<name>, the first is trained on."""
     folds: Annotated[int, Field(ge=0)] = 0
     """Instead of shares: K pairs of stores OUT/fold-0/train and OUT/fold-0/validation, ... for cross-validation."""
-    group_by: str | None = None
+    group_by: Annotated[str | None, Field(examples=["user_id"])] = None
     """Column whose equal values stay together (a document or user id); default: near-duplicate clusters, else texts."""
-    stratify_by: Literal["source", "label"] | None = None
+    stratify_by: Annotated[Literal["source", "label"] | None, Field(examples=["source"])] = None
     """Keep the shares within every source or label."""
-    time_column: str | None = None
+    time_column: Annotated[str | None, Field(examples=["date"])] = None
     """Split by time instead: the oldest rows train, the newest test."""
 
     @model_validator(mode="after")
@@ -164,7 +166,7 @@ class Split(Section):
 class Label(Section):
     """A column that says what kind of row it is, for stratified splits and class balance."""
 
-    column: str | None = None
+    column: Annotated[str | None, Field(examples=["topic"])] = None
     """Name of the column."""
     values: list[str] = Field(default=[])
     """All labels that may occur; another one is a bad row. Default: whatever occurs."""
@@ -181,7 +183,7 @@ class Augment(Section):
     """Share of words that are left out."""
     synonyms: Fraction = 0.0
     """Share of known words replaced by one of their synonyms."""
-    synonym_file: str | None = None
+    synonym_file: Annotated[str | None, Field(examples=["synonyms.tsv"])] = None
     """Your synonyms: a word and its synonyms a line, separated by tabs, or JSON {word: [synonyms]}."""
 
 
@@ -214,9 +216,9 @@ class Limits(Section):
 class Recipe(Section):
     """A whole build."""
 
-    sources: Annotated[list[Source], Field(min_length=1)]
-    """The inputs."""
-    tokenizer: str
+    sources: Annotated[list[Source], Field(min_length=1, examples=[[{"path": "chat.jsonl"}]])]
+    """The inputs: a list of {path, name, format, map, documents}."""
+    tokenizer: Annotated[str, Field(examples=["models/qwen3-8b"])]
     """Local directory with tokenizer and chat template."""
     rows: Rows
     windows: Windows = Windows()
