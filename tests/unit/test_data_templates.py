@@ -1,13 +1,23 @@
 import itertools
 import re
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
+import numpy as np
 import pytest
 
 from tests.support.corpora import conversation, default_tokenizer, tiny_tokenizer
-from trainer.data.records import Conversation
-from trainer.data.templates import DEFAULT_CHAT_TEMPLATE, MARKERS, PREFIX, ROW_PER_TURN, Encoded, Encoder
-from trainer.errors import DataError
+from trainer.data.records import Conversation, PlainText, Record, TokenIds
+from trainer.data.templates import (
+    DEFAULT_CHAT_TEMPLATE,
+    MARKERS,
+    PREFIX,
+    ROW_PER_TURN,
+    Encoded,
+    Encoder,
+    LostStopToken,
+)
+from trainer.errors import DataError, UsageError
 
 NO_MARKERS = re.sub(r"\{%-? (end)?generation %\}\n", "", DEFAULT_CHAT_TEMPLATE)
 
@@ -147,6 +157,7 @@ def test_no_exact_mask_is_a_refusal_with_a_place(template: str, words: str) -> N
         encode(TALK, template)
     assert str(caught.value).startswith("here.jsonl:1: ")
     assert words in str(caught.value)
+    assert isinstance(caught.value, LostStopToken) == ("stop token is lost" in words)
 
 
 def test_what_the_template_would_drop_is_refused() -> None:
@@ -169,6 +180,189 @@ def test_a_conversation_without_an_answer_has_no_span() -> None:
     for template in (DEFAULT_CHAT_TEMPLATE, NO_MARKERS):
         _, encoded = encode(conversation(("user", "hi")), template)
         assert all(document.spans == () for document in encoded)
+
+
+# --- which turns ---
+
+# As DEFAULT_CHAT_TEMPLATE, but what is trained on comes in two blocks a turn, or only the last turn has a block.
+TWO_BLOCKS = DEFAULT_CHAT_TEMPLATE.replace(
+    "{{- '<|im_end|>' }}\n{%- endgeneration %}",
+    "{%- endgeneration %}\n{%- generation %}{{- '<|im_end|>' }}{% endgeneration %}",
+)
+ONLY_THE_LAST = (
+    "{%- for message in messages %}{{ '<|im_start|>' + message.role + '\\n' }}"
+    "{%- if loop.last and message.role == 'assistant' %}{% generation %}{{ message.content + '<|im_end|>' }}"
+    "{% endgeneration %}{{ '\\n' }}{% else %}{{ message.content + '<|im_end|>\\n' }}{% endif %}{% endfor %}"
+    "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+STOPS_ONLY_AFTER_THE_LAST = (
+    "{%- for message in messages %}{% if message.role == 'assistant' %}{% generation %}"
+    "{{ message.content + ('<|im_end|>' if loop.last else '') }}{% endgeneration %}"
+    "{% else %}{{ '[' + message.content + ']' }}{% endif %}{% endfor %}"
+)
+
+
+def taught(
+    talk: Conversation, template: str, train_on: Literal["all", "last"] = "all", flags: tuple[bool, ...] | None = None
+) -> tuple[list[list[str]], list[Encoded]]:
+    """The supervised texts of each document."""
+    tokenizer = tiny_tokenizer(template)
+    documents = Encoder(tokenizer, train_on).encode(replace(talk, trained=flags))
+    return [supervised(tokenizer, document) for document in documents], documents
+
+
+@pytest.mark.parametrize(
+    ("template", "method"),
+    [(DEFAULT_CHAT_TEMPLATE, MARKERS), (NO_MARKERS, PREFIX), (TWO_BLOCKS, PREFIX), (ONLY_THE_LAST, MARKERS)],
+)
+def test_the_last_turn_or_the_flagged_ones(template: str, method: str) -> None:
+    first, last = "\n hello <|im_end|>", "再见<|im_end|>"
+    all_of_it, (whole,) = taught(TALK, template)
+    # Two blocks a turn are fine as long as all of them are trained on; a lone block is not all that is asked for.
+    if template == TWO_BLOCKS:
+        assert whole.method == MARKERS
+        assert ["".join(texts) for texts in all_of_it] == [first + last]
+    else:
+        assert all_of_it == [[first, last]]
+        assert whole.method == (PREFIX if template == ONLY_THE_LAST else method)
+    only_last, (document,) = taught(TALK, template, "last")
+    assert only_last == [[last]]
+    assert taught(TALK, template, "last", (False, False, True, False, False))[0] == [[first]]
+    assert taught(TALK, template, "all", (False, False, False, False, True))[0] == [[last]]
+    assert taught(TALK, template, "all", (False,) * 5)[0] == [[]]
+    assert document.ids.tolist() == whole.ids.tolist(), "ids do not depend on what is trained on"
+    assert document.turn_ends == whole.turn_ends or template == ONLY_THE_LAST
+
+
+def test_ids_are_cut_at_every_turn_whichever_is_trained() -> None:
+    from tokenizers import AddedToken
+
+    # "\n\n" would straddle the border of the first turn if only the second were cut out.
+    tokenizer = tiny_tokenizer(DEFAULT_CHAT_TEMPLATE, extra_tokens=[AddedToken("\n\n", special=False)])
+    (both,) = Encoder(tokenizer).encode(TALK)
+    (last,) = Encoder(tokenizer, "last").encode(TALK)
+    assert both.ids.tolist() == last.ids.tolist()
+    assert last.spans == both.spans[1:]
+    assert both.turn_ends == last.turn_ends == tuple(stop for _, stop in both.spans)
+
+
+def test_a_row_for_each_trained_turn_only() -> None:
+    texts, documents = taught(TALK, STOPS_ONLY_AT_THE_END, "last")
+    assert texts == [["再见\n<|im_end|>"]]
+    assert documents[0].turn_ends == (len(documents[0].ids),)
+    assert taught(TALK, STOPS_ONLY_AT_THE_END, flags=(False, False, True, False, False))[0] == [
+        ["\n hello \n<|im_end|>"]
+    ]
+
+
+def test_a_stop_token_of_the_next_turn_is_not_this_turns() -> None:
+    with pytest.raises(LostStopToken, match="the stop token is lost: the chat template writes none"):
+        taught(TALK, STOPS_ONLY_AFTER_THE_LAST)
+    assert taught(TALK, STOPS_ONLY_AFTER_THE_LAST, "last")[0] == [["再见<|im_end|>"]]
+
+
+def test_train_on_something_else_is_a_mistake() -> None:
+    with pytest.raises(UsageError, match="cannot train on 'lst'"):
+        Encoder(tiny_tokenizer(), "lst")  # type: ignore[arg-type]
+
+
+# --- the head ---
+
+
+@pytest.mark.parametrize("template", [DEFAULT_CHAT_TEMPLATE, NO_MARKERS, DROPS_EARLIER_THINKING])
+@pytest.mark.parametrize("train_on", ["all", "last"])
+def test_the_system_turn_is_pinned_whole(template: str, train_on: Literal["all", "last"]) -> None:
+    tokenizer = tiny_tokenizer(template)
+    for text in ("be brief", "be <|im_end|> brief <|im"):
+        talk = conversation(("system", text), ("user", "be brief"), ("assistant", "ok"))
+        encoder = Encoder(tokenizer, train_on)
+        for _ in range(2):  # the second time from the cache
+            (encoded,) = encoder.encode(replace(talk, pinned=text))
+            assert tokenizer.decode(encoded.ids[: encoded.head].tolist()) == f"<|im_start|>system\n{text}<|im_end|>\n"
+        (unpinned,) = encoder.encode(talk)
+        assert unpinned.head == 0
+        assert unpinned.ids.tolist() == encoded.ids.tolist()
+
+
+def test_an_instruction_before_a_long_input_is_pinned() -> None:
+    talk = conversation(("system", "sum up in short"), ("user", "sum up\nonce upon a time"), ("assistant", "ok"))
+    tokenizer = tiny_tokenizer()
+    (encoded,) = Encoder(tokenizer).encode(replace(talk, pinned="sum up"))
+    assert tokenizer.decode(encoded.ids[: encoded.head].tolist()).endswith("<|im_start|>user\nsum up\n")
+
+
+def test_tools_are_pinned_with_the_system_text() -> None:
+    talk = replace(WEATHER, messages=({"role": "system", "content": "be brief"}, *WEATHER.messages), pinned="be brief")
+    tokenizer = tiny_tokenizer()
+    (encoded,) = Encoder(tokenizer).encode(talk)
+    head = tokenizer.decode(encoded.ids[: encoded.head].tolist())
+    assert head.startswith("<|im_start|>system\nbe brief")
+    assert head.endswith("</tool_call><|im_end|>\n")
+    assert head.count("<|im_start|>") == 1
+
+
+def test_the_head_ends_before_what_is_trained_on() -> None:
+    talk = replace(
+        conversation(("user", "say it"), ("assistant", "it"), ("user", "why"), ("assistant", "so")), pinned="so"
+    )
+    (encoded,) = Encoder(tiny_tokenizer()).encode(talk)
+    assert encoded.head <= encoded.spans[0][0]
+    (absent,) = Encoder(tiny_tokenizer(SHOUTS)).encode(replace(talk, pinned="say it"))
+    assert absent.head == 0, "the template rewrote it"
+
+
+# --- text and ids ---
+
+
+def encode_one(record: Record, template: str | None = None) -> tuple[Any, Encoded]:
+    tokenizer = tiny_tokenizer(template)
+    (encoded,) = Encoder(tokenizer).encode(record)
+    return tokenizer, encoded
+
+
+@pytest.mark.parametrize("template", [None, DEFAULT_CHAT_TEMPLATE])
+def test_plain_text_ends_with_the_stop_token_and_needs_no_template(template: str | None) -> None:
+    tokenizer, encoded = encode_one(PlainText("2+2=", " 4", "here:1"), template)
+    assert tokenizer.decode(encoded.ids.tolist()) == "2+2= 4<|im_end|>"
+    assert supervised(tokenizer, encoded) == [" 4<|im_end|>"]
+    tokenizer, encoded = encode_one(PlainText("", "once", "here:1"), template)
+    assert encoded.spans == ((1, 5),), "nothing predicts the first token"
+    attack = "<|im_end|>"
+    tokenizer, encoded = encode_one(PlainText(f"a{attack}", f"{attack}b", "here:1"), template)
+    assert control_ids(tokenizer, encoded) == [tokenizer.eos_token_id]
+    assert tokenizer.decode(encoded.ids.tolist()) == f"a{attack}{attack}b{attack}"
+    assert encoded.neutralised == (attack, attack)
+    with pytest.raises(DataError, match=r"here\.jsonl:1: the tokenizer has no chat template"):
+        encode(TALK, "")
+
+
+def test_plain_text_begins_as_the_tokenizer_begins_every_text() -> None:
+    from tokenizers import processors
+
+    tokenizer = tiny_tokenizer()
+    start = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", start)]
+    )
+    (encoded,) = Encoder(tokenizer).encode(PlainText("ab", "c", "here:1"))
+    assert encoded.ids[: encoded.spans[0][0]].tolist() == tokenizer("ab")["input_ids"]
+
+
+def test_plain_text_without_an_end_token_is_refused() -> None:
+    tokenizer = tiny_tokenizer()
+    encoder = Encoder(tokenizer)
+    tokenizer.eos_token = None
+    with pytest.raises(DataError, match="here:1: the tokenizer has no end-of-text token"):
+        encoder.encode(PlainText("", "once", "here:1"))
+
+
+def test_token_ids_pass_through() -> None:
+    ids = np.array([3, 1, 2], dtype=np.int64)
+    tokenizer, encoded = encode_one(TokenIds(ids, ((0, 1), (1, 3)), "here:1"))
+    assert encoded.ids is ids
+    assert encoded.spans == ((1, 3),)
+    with pytest.raises(DataError, match=f"here:1: tokenizer/model vocabulary mismatch: id {len(tokenizer)} in a"):
+        encode_one(TokenIds(np.array([len(tokenizer)], dtype=np.int64), ((0, 1),), "here:1"))
 
 
 # --- text of the data never becomes a control token ---
@@ -341,11 +535,11 @@ def test_no_space_appears_where_the_text_is_cut() -> None:
 
 
 def test_every_shape_of_conversation_gives_the_same_answers_by_every_method() -> None:
-    tokenizers = {template: tiny_tokenizer(template) for template in (DEFAULT_CHAT_TEMPLATE, NO_MARKERS)}
+    encoders = {template: Encoder(tiny_tokenizer(template)) for template in (DEFAULT_CHAT_TEMPLATE, NO_MARKERS)}
     texts = ["a", "\n\n", "  x ", "<|im_end|>", "assistant", "<"]
     for user, answer in itertools.product(texts, texts):
         talk = conversation(("user", user), ("assistant", answer), ("user", answer), ("assistant", user))
-        results = [Encoder(tokenizer).encode(talk)[0] for tokenizer in tokenizers.values()]
+        results = [encoder.encode(talk)[0] for encoder in encoders.values()]
         assert results[0].ids.tolist() == results[1].ids.tolist()
         assert results[0].spans == results[1].spans
         assert supervised(default_tokenizer(), results[0]) == [f"{answer}<|im_end|>", f"{user}<|im_end|>"]

@@ -443,13 +443,18 @@ class Encoder:
         """Where the pinned text ends, with the control token and white space that close its turn; 0 if not found."""
         pinned = talk.pinned.strip()
         contents = [message["content"].strip() for message in talk.messages]
-        index = next((index for index, content in enumerate(contents) if content.startswith(pinned)), None)
+        is_system = talk.messages[0]["role"] == "system"
+        if is_system and contents[0] == pinned:
+            index: int | None = 0
+        else:
+            later = range(int(is_system), len(contents))
+            index = next((index for index in later if contents[index].startswith(pinned)), None)
         # The whole content that begins with it is in no other place; the text alone ("translate") might be.
         at = text.find(pinned) if index is None else text.find(contents[index])
         if not pinned or at < 0:
             return 0
         end = at + len(pinned)
-        if talk.tools and index == 0 and len(contents) > 1 and talk.messages[0]["role"] == "system":
+        if talk.tools and is_system and index == 0:
             # Most templates describe the tools in the system turn, after its text.
             following = text.find(contents[1], end)
             closing = self._stops.search(text, end, following if following >= 0 else len(text))

@@ -1,0 +1,116 @@
+"""Chat templates are rendered as transformers renders them, within bounds of time, size and memory."""
+
+import signal
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from tests.support.corpora import conversation, tiny_tokenizer
+from tests.unit.test_data_templates import WEATHER
+from trainer.data import rendering
+from trainer.data.rendering import ChatTemplate
+from trainer.data.templates import DEFAULT_CHAT_TEMPLATE, Encoder
+from trainer.errors import DataError
+
+# What chat templates use of the sandbox that transformers gives them.
+BUSY = """\
+{#- a comment with {% generation %} -#}
+{%- set ns = namespace(last=-1, system='') -%}
+{%- macro named(message) -%}{{ '<' ~ message.role ~ '>' }}{%- endmacro -%}
+{{ bos_token }}{{ strftime_now('%Y') }}
+    {% for message in messages %}
+    {% if message.role == 'tool' %}{% continue %}{% endif %}
+  {{ named(message) }}{{ message['content'] | trim }}{{ ' ' * 2 }}
+{% set ns.last = loop.index0 %}
+{%- if message.thinking is defined %}({{ message.thinking }}/{{ message.reasoning_content }}){% endif %}
+{%- for call in message.tool_calls or [] %}{{ call.function.arguments | tojson(indent=2) }}{% endfor %}
+    {% endfor %}
+{{ ns.last }}{{ tools | tojson if tools }}{{ documents is none }}{{ eos_token }}{{ unknown_name }}
+{%- if add_generation_prompt %}{{ dict(a=1).a ** 2 }}{% endif %}
+
+"""
+
+
+@pytest.mark.parametrize("template", [DEFAULT_CHAT_TEMPLATE, BUSY])
+@pytest.mark.parametrize("prompt", [False, True])
+def test_the_text_is_that_of_transformers(template: str, prompt: bool) -> None:
+    tokenizer = tiny_tokenizer(template)
+    thoughtful = [{"role": "user", "content": " hi "}, {"role": "assistant", "content": "é", "reasoning_content": "hm"}]
+    for messages, tools in ((list(WEATHER.messages), WEATHER.tools), (thoughtful, None)):
+        expected = tokenizer.apply_chat_template(messages, tools, tokenize=False, add_generation_prompt=prompt)
+        rendered = ChatTemplate(template, "the chat template", tokenizer.special_tokens_map)
+        aliased = [item | ({"thinking": "hm"} if "reasoning_content" in item else {}) for item in messages]
+        assert rendered.render(aliased, tools, "here:1", prompt=prompt)[0] == expected
+        assert rendered.has_markers("here:1") == (template == DEFAULT_CHAT_TEMPLATE)
+
+
+LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+GROW = "{% set ns = namespace(x='x') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}"
+WRITE = "{% for i in range(99999) %}{{ 'x' * 99999 }}{% endfor %}"
+SQUARE = "{% set ns = namespace(x=99) %}{% for i in range(60) %}{% set ns.x = ns.x * ns.x %}{% endfor %}"
+TWICE = "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(90) }}"
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        (LOOP, "runs for more than"),
+        (TWICE, "runs for more than"),
+        (GROW, "of memory"),
+        (WRITE, "writes more than"),
+        ("{{ 'x' * 10 ** 12 }}", "writes more than"),
+        ("{{ 9 ** (9 ** 9) }}", "raises to a power"),
+        (SQUARE, "multiplies"),
+    ],
+)
+def test_a_template_without_end_is_refused(monkeypatch: pytest.MonkeyPatch, template: str, words: str) -> None:
+    monkeypatch.setattr(rendering, "SECONDS", 0.3)
+    monkeypatch.setattr(rendering, "MAX_GROWTH_BYTES", 128 << 20)
+    monkeypatch.setattr(rendering, "MAX_CHARACTERS", 1 << 20)
+    tokenizer = tiny_tokenizer(template)
+    tokenizer.name_or_path = "/models/odd"
+    handlers = signal.getsignal(signal.SIGPROF), signal.getsignal(signal.SIGALRM)
+    alarm = signal.getitimer(signal.ITIMER_REAL)
+    began = time.thread_time()
+    with pytest.raises(DataError) as caught:
+        Encoder(tokenizer).encode(conversation(("user", "a"), ("assistant", "b")))
+    assert time.thread_time() - began < 2
+    assert str(caught.value).startswith("here.jsonl:1: the chat template of /models/odd ")
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert (signal.getsignal(signal.SIGPROF), signal.getsignal(signal.SIGALRM)) == handlers
+    assert signal.getitimer(signal.ITIMER_PROF) == (0.0, 0.0)
+    assert (signal.getitimer(signal.ITIMER_REAL)[0] > 0) == (alarm[0] > 0), "other timers go on"
+
+
+def test_templates_render_in_other_threads_and_under_a_profiler() -> None:
+    template = ChatTemplate(DEFAULT_CHAT_TEMPLATE, "the chat template", {})
+    messages = [{"role": "user", "content": "hi"}]
+    texts: list[str] = []
+    thread = threading.Thread(target=lambda: texts.append(template.render(messages, None, "here:1")[0]))
+    thread.start()
+    thread.join()
+
+    def profiler(number: int, frame: Any) -> None:
+        """Owns the timer."""
+
+    before = signal.signal(signal.SIGPROF, profiler)
+    try:
+        texts.append(template.render(messages, None, "here:1")[0])
+        assert signal.getsignal(signal.SIGPROF) is profiler
+    finally:
+        signal.signal(signal.SIGPROF, before)
+    assert texts == ["<|im_start|>user\nhi<|im_end|>\n"] * 2
+
+
+def test_long_conversations_take_linear_time() -> None:
+    messages = [{"role": role, "content": "x" * 2000} for _ in range(2000) for role in ("user", "assistant")]
+    template = ChatTemplate(DEFAULT_CHAT_TEMPLATE, "the chat template", {})
+    template.render(messages[:4], None, "here:1")
+    began = time.thread_time()
+    text, spans = template.render(messages, None, "here:1")
+    assert time.thread_time() - began < 1
+    assert len(spans) == 2000
+    assert all(text[start:stop] == "x" * 2000 + "<|im_end|>" for start, stop in spans)
