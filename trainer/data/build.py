@@ -24,6 +24,7 @@ import xxhash
 
 from trainer.cli import VERSION
 from trainer.data.decide import decide, row_table
+from trainer.data.fast_tokenizer import NoTwin, Twin, TwinMismatch, verified_twin
 from trainer.data.gather import Build, plan_spec, write_stores
 from trainer.data.parts import REFUSED, Task, read_part
 from trainer.data.pool import Settings, encode_all
@@ -36,11 +37,6 @@ from trainer.data.report import SourceReport
 from trainer.data.sources import Chunk, InputFile, RawRow, chunks, locate, read_rows
 from trainer.data.tokenize import fingerprint, load_tokenizer, template_hash
 from trainer.data.work import Work
-
-
-class TwinMismatch(Exception): ...
-
-
 from trainer.durable import file_chunks, sha256_of_file, sync_directory, write_errors
 from trainer.errors import CannotWriteError, DataError
 
@@ -194,7 +190,10 @@ def _encode(
                 yield Task(number, entry.source, index, layout, chunk)
                 number += 1
 
-    for fast in (True, False):
+    twin = verified_twin(tokenizer, Path(recipe.tokenizer))
+    if isinstance(twin, NoTwin):
+        sys.stderr.write(f"note: {twin}\n")
+    for fast in (True, False) if isinstance(twin, Twin) else (False,):
         try:
             for task, counts in encode_all(tasks(), Settings(recipe, evaluation, fast), tokenizer, work, workers):
                 sources[task.source].merge(counts)
@@ -205,7 +204,7 @@ def _encode(
                     progress(Progress(min(done, total), total, sum(source.rows for source in sources)))
             break
         except TwinMismatch as mismatch:
-            sys.stderr.write(f"note: {mismatch}; starting again with the tokenizer's own encoder\n")
+            sys.stderr.write(f"note: {mismatch}; starting again with transformers\n")
             work.forget_parts()
             names.clear()
             done = 0

@@ -109,8 +109,10 @@ class PartEncoder:
         Raises:
             DataError: a bad row under the policy `fail`, or an input that cannot be read on.
             CannotWriteError: no space, no permission.
+            TwinMismatch: the tokenizer's twin gave other ids.
         """
         report, part = SourceReport(name=""), _Growing()
+        self._encoder.check_again()
         for row in task.chunk.rows():
             report.rows += 1
             try:

@@ -13,6 +13,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from trainer.data.fast_tokenizer import Twin, verified_twin
 from trainer.data.parts import PartEncoder, Task, read_part
 from trainer.data.quality.decontaminate import EvalIndex
 from trainer.data.recipe import Recipe
@@ -32,7 +33,7 @@ _encoder: PartEncoder | None = None
 
 @dataclass(frozen=True)
 class Settings:
-    """What an encoder needs besides the tokenizer: `fast` allows a twin of it (see `fast_tokenizer`)."""
+    """What an encoder needs besides the tokenizer; `fast`: use its twin (see `fast_tokenizer`)."""
 
     recipe: Recipe
     evaluation: EvalIndex | None
@@ -49,6 +50,7 @@ def encode_all(
     Raises:
         DataError, CannotWriteError: of the first task, in the order of the input, that failed.
         PeerLostError: a worker process was killed.
+        TwinMismatch: the tokenizer's twin gave other ids; nothing that it made may be used.
     """
     finished = work.finished()
     if workers == 1:
@@ -84,7 +86,8 @@ def encode_all(
 def make_encoder(settings: Settings, tokenizer: Any) -> PartEncoder:
     """The encoder of one process."""
     recipe = settings.recipe
-    encoder = Encoder(tokenizer, recipe.mask.train_on)
+    twin = verified_twin(tokenizer, Path(recipe.tokenizer)) if settings.fast else None
+    encoder = Encoder(tokenizer, recipe.mask.train_on, twin if isinstance(twin, Twin) else None)
     return PartEncoder(recipe, tokenizer, encoder, RowSteps(recipe, settings.evaluation))
 
 
