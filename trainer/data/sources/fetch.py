@@ -24,6 +24,7 @@ RETRY_SECONDS = (0.5, 2.0, 8.0)
 Result = TypeVar("Result")
 _GONE_FOR_GOOD = (FileNotFoundError, PermissionError, IsADirectoryError, NotImplementedError)
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_GONE_STATUS = (404, 410)
 _TRY_AGAIN_STATUS = (408, 429)
 
 
@@ -135,21 +136,29 @@ def _with_retries(url: str, action: Callable[[], Result]) -> Result:
             return action()
         except SteadfastError:
             raise
-        except Exception as error:  # each protocol's package has its own kinds
+        except Exception as caught:  # each protocol's package has its own kinds
+            error = _true_reason(caught)
             if pause is None or isinstance(error, _GONE_FOR_GOOD) or _is_final_answer(error):
                 raise _not_fetched(url, error) from error
             time.sleep(pause)
     raise MissingInputError(f"cannot fetch {url}")
 
 
-def _is_final_answer(error: Exception) -> bool:
+def _true_reason(error: BaseException) -> BaseException:
+    """Over http, fsspec calls every failure to learn about a file a missing file, and chains the reason."""
+    while isinstance(error, FileNotFoundError) and error.__cause__:
+        error = error.__cause__
+    return error
+
+
+def _is_final_answer(error: BaseException) -> bool:
     """An HTTP status that says the request itself is wrong."""
     status = getattr(error, "status", None)
     return isinstance(status, int) and 400 <= status < 500 and status not in _TRY_AGAIN_STATUS
 
 
-def _not_fetched(url: str, error: Exception) -> MissingInputError:
-    if isinstance(error, FileNotFoundError):
+def _not_fetched(url: str, error: BaseException) -> MissingInputError:
+    if isinstance(error, FileNotFoundError) or getattr(error, "status", None) in _GONE_STATUS:
         return MissingInputError(f"there is no {url}", "check the URL given with --input")
     return MissingInputError(f"cannot fetch {url}: {_line(error)}", "check the URL and the network, then try again")
 
