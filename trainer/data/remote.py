@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from socket import gethostname
 from typing import TypeVar
 
 from trainer.durable import write_errors, xxh3_of_file
@@ -310,7 +311,7 @@ class ShardCache:
             MissingInputError: it cannot be fetched.
             CannotWriteError: no space left.
         """
-        temporary = self._partial / f"{file.key}.{os.getpid()}"
+        temporary = self._partial / f"{file.key}.{gethostname()}.{os.getpid()}"
         try:
             for _ in range(2):
                 _with_retries(file.url, lambda: _download(file.url, temporary))
@@ -349,8 +350,8 @@ class ShardCache:
             marker.unlink(missing_ok=True)
 
     def _remove_abandoned(self) -> None:
-        """What a killed process left half written, and failures of an earlier life."""
-        for left in self._partial.iterdir():
+        """What a killed process of this host left half written, and failures of an earlier life."""
+        for left in self._partial.glob(f"*.{gethostname()}.*"):
             process = left.name.rpartition(".")[2]
             if process.isdigit() and not Path("/proc", process).exists():
                 left.unlink(missing_ok=True)
