@@ -295,6 +295,31 @@ def test_a_rank_that_waits_in_vain_says_so(local: TokenStore, url: str, tmp_path
             open_store(url, cache=second).document(0)
 
 
+def test_shards_of_the_steps_being_prepared_stay_and_the_longest_unused_go(
+    local: TokenStore, url: str, tmp_path: Path
+) -> None:
+    with closing(ShardCache(tmp_path, 4 * local.largest_shard_bytes)) as cache:
+        store = open_store(url, cache=cache)
+        files = [store._remote_file(name) for name in tokens(local)[:10]]
+
+        def here() -> list[int]:
+            return [number for number, file in enumerate(files) if file.path.exists()]
+
+        cache.expect(files[:2])
+        for file in files[:6]:
+            cache.path(file)
+            assert file.path.exists()
+        assert here() == [0, 1, 4, 5]
+        cache.path(files[4])
+        cache.path(files[6])
+        assert here() == [0, 1, 4, 6]
+        for number in (7, 8, 7, 8):
+            cache.expect([files[number]])
+            cache.path(files[number])
+        cache.path(files[9])
+        assert here() == [6, 7, 8, 9]
+
+
 def test_a_cache_that_cannot_hold_one_step_is_refused(local: TokenStore, url: str, tmp_path: Path) -> None:
     with closing(ShardCache(tmp_path, local.largest_shard_bytes + 10)) as cache:
         store = open_store(url, cache=cache)
@@ -379,8 +404,8 @@ def test_what_a_plan_leaves_out_is_said(local: TokenStore) -> None:
     assert rows.lost.sum() > 0
     documents = int((rows.lost > 0).sum())
     assert left_out(rows) == [
-        f"long_text=truncate with windows of 40 tokens: {rows.lost.sum():,} supervised tokens of {documents:,} documents "
-        "are not trained on"
+        f"long_text=truncate with windows of 40 tokens: {rows.lost.sum():,} supervised tokens of {documents:,} "
+        "documents are not trained on"
     ]
 
 

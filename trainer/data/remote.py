@@ -145,7 +145,7 @@ class ShardCache:
             self._wait_for(file, deadline)
             try:
                 if file.is_whole(file.path):
-                    os.utime(file.path)
+                    _mark_used(file.path)
                     return file.path
             except FileNotFoundError:
                 # Removed in between: the cache is small, or another run uses it too.
@@ -165,7 +165,7 @@ class ShardCache:
             return
         for file in needed:
             with suppress(FileNotFoundError):
-                os.utime(file.path)
+                _mark_used(file.path)
         with self._changed:
             self._protected.append({file.path for file in needed})
             self._urgent |= {
@@ -357,6 +357,12 @@ class ShardCache:
                 left.unlink(missing_ok=True)
         for marker in self._wanted.glob("*.failed"):
             marker.unlink(missing_ok=True)
+
+
+def _mark_used(path: Path) -> None:
+    # Not the file system's own clock: it ticks too seldom to order two uses.
+    now = time.time_ns()
+    os.utime(path, ns=(now, now))
 
 
 def _download(url: str, target: Path) -> None:
