@@ -317,7 +317,7 @@ def test_shards_of_the_steps_being_prepared_stay_and_the_longest_unused_go(
             cache.expect([files[number]])
             cache.path(files[number])
         cache.path(files[9])
-        assert here() == [6, 7, 8, 9]
+        assert here() == [1, 7, 8, 9]
 
 
 def test_a_cache_that_cannot_hold_one_step_is_refused(local: TokenStore, url: str, tmp_path: Path) -> None:
