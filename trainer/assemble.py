@@ -25,6 +25,7 @@ from trainer.plan import make_plan
 from trainer.prepare import (
     changed_settings,
     collect_model_files,
+    left_out,
     model_directory,
     open_cache,
     open_held_out,
@@ -73,7 +74,13 @@ def train_joined(config: Config, world: World, stop: StopFlag, run: RunDirectory
     cache = open_cache(config, world)
     store = open_store(config.data.train, rank=world.rank, world_size=world.world_size, cache=cache)
     held_out = open_held_out(config, store, rank=world.rank, world_size=world.world_size, cache=cache)
-    rows = store.plan(row_spec(config, store))
+    spec = row_spec(config, store)
+    if world.is_first and not store.has_plan(spec):
+        print(f"{store.location} has no {spec.name}: computing it, a second or two per million documents", flush=True)
+    rows = store.plan(spec)
+    if world.is_first:
+        for line in left_out(rows):
+            print(line, flush=True)
     order = row_order(config, store, rows)
     plan = make_plan(
         config,

@@ -117,6 +117,21 @@ def row_spec(config: Config, store: TokenStore) -> PlanSpec:
     )
 
 
+def left_out(rows: RowPlan) -> list[str]:
+    """What training will not see although the store has it, one line each."""
+    found = []
+    if rows.spec.long_text != "windows" and (documents := int((rows.lost > 0).sum())):
+        found.append(
+            f"long_text={rows.spec.long_text} with windows of {rows.spec.window} tokens: {int(rows.lost.sum()):,} "
+            f"supervised tokens of {documents:,} documents are not trained on"
+        )
+    if rows.spec.pin_prefix and (documents := int(rows.unpinned.sum())):
+        found.append(
+            f"pin_prefix: the heads of {documents:,} documents are longer than half a window and are not pinned"
+        )
+    return found
+
+
 def row_order(config: Config, store: TokenStore, rows: RowPlan) -> Order:
     """The order in which the rows are trained on.
 

@@ -11,6 +11,7 @@ from contextlib import closing
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from socket import gethostname
 
 import fsspec
 import numpy as np
@@ -26,7 +27,7 @@ from trainer.data.reader import MANIFEST, body_hash
 from trainer.data.remote import ShardCache, is_url
 from trainer.data.store import TokenStore, open_store
 from trainer.errors import ConfigError, DataError, HangError, MissingInputError, UsageError
-from trainer.prepare import row_order, row_spec, source_epochs
+from trainer.prepare import left_out, row_order, row_spec, source_epochs
 
 ROOT = Path(__file__).resolve().parents[2]
 LARGE = 1 << 30
@@ -207,7 +208,7 @@ def test_damage_in_the_cache_is_healed(local: TokenStore, url: str, tmp_path: Pa
     for path in [*tmp_path.glob("*/tokens/*"), *tmp_path.glob("*/plans/*"), *tmp_path.glob("*/tokenizer/*")]:
         content = path.read_bytes()
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    (tmp_path / "partial" / "left.999999999").write_bytes(b"x")
+    (tmp_path / "partial" / f"left.{gethostname()}.999999999").write_bytes(b"x")
     with closing(ShardCache(tmp_path, LARGE)) as cache:
         store = open_store(url, cache=cache)
         assert all(same(*pair) for pair in zip(steps_of(feed_of(store), 10), expected, strict=True))
@@ -294,6 +295,31 @@ def test_a_rank_that_waits_in_vain_says_so(local: TokenStore, url: str, tmp_path
             open_store(url, cache=second).document(0)
 
 
+def test_shards_of_the_steps_being_prepared_stay_and_the_longest_unused_go(
+    local: TokenStore, url: str, tmp_path: Path
+) -> None:
+    with closing(ShardCache(tmp_path, 4 * local.largest_shard_bytes)) as cache:
+        store = open_store(url, cache=cache)
+        files = [store._remote_file(name) for name in tokens(local)[:10]]
+
+        def here() -> list[int]:
+            return [number for number, file in enumerate(files) if file.path.exists()]
+
+        cache.expect(files[:2])
+        for file in files[:6]:
+            cache.path(file)
+            assert file.path.exists()
+        assert here() == [0, 1, 4, 5]
+        cache.path(files[4])
+        cache.path(files[6])
+        assert here() == [0, 1, 4, 6]
+        for number in (7, 8, 7, 8):
+            cache.expect([files[number]])
+            cache.path(files[number])
+        cache.path(files[9])
+        assert here() == [1, 7, 8, 9]
+
+
 def test_a_cache_that_cannot_hold_one_step_is_refused(local: TokenStore, url: str, tmp_path: Path) -> None:
     with closing(ShardCache(tmp_path, local.largest_shard_bytes + 10)) as cache:
         store = open_store(url, cache=cache)
@@ -370,6 +396,17 @@ def test_the_order_follows_from_store_and_configuration(local: TokenStore, url: 
     with pytest.raises(ConfigError, match=r"is a URL: set data\.cache_dir"):
         config_of(url, tmp_path, cache_dir=None)
     assert not is_url("/data/store")
+
+
+def test_what_a_plan_leaves_out_is_said(local: TokenStore) -> None:
+    assert left_out(local.plan(local.plan_spec(40))) == []
+    rows = local.plan(local.plan_spec(40, long_text="truncate"))
+    assert rows.lost.sum() > 0
+    documents = int((rows.lost > 0).sum())
+    assert left_out(rows) == [
+        f"long_text=truncate with windows of 40 tokens: {rows.lost.sum():,} supervised tokens of {documents:,} "
+        "documents are not trained on"
+    ]
 
 
 def test_a_mixture_follows_from_store_and_configuration(local: TokenStore, tmp_path: Path) -> None:

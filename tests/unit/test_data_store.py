@@ -21,6 +21,7 @@ from trainer.data import reader
 from trainer.data.build import build_store
 from trainer.data.packing import PLAN_ARRAYS, RowPlan
 from trainer.data.reader import MANIFEST
+from trainer.data.shards import read_arrays
 from trainer.data.store import open_store, verify_store
 from trainer.data.tokenize import load_tokenizer
 from trainer.errors import CannotWriteError, DataError, MissingInputError, UsageError
@@ -184,6 +185,33 @@ def test_a_shard_that_lies_is_refused_without_checksums(tmp_path: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:200])
     with pytest.raises(DataError, match=r"tok-.* is damaged"):
         open_store(store.path, verify=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("ids", 259, "id 259 is not below the vocabulary size"),
+        ("loss_spans", 10**6, "supervised spans out of order or out of range"),
+        ("turn_ends", 10**6, "ends of turns out of order or out of range"),
+        ("head", 10**6, "head out of range"),
+        ("source", 1, "source out of range"),
+        ("file", 1, "file out of range"),
+    ],
+)
+def test_verify_refuses_numbers_that_cannot_be(tmp_path: Path, name: str, value: int, said: str) -> None:
+    store = tiny_store(tmp_path, alpaca_rows(3))
+    file = next((store.path / "tokens").iterdir())
+    arrays = {key: array.copy() for key, array in read_arrays(file).items()}
+    arrays["turn_ends"] = np.array([4, 9, 5], dtype=np.uint32)
+    arrays["turn_offsets"] = np.array([0, 2, 3, 3], dtype=np.uint64)
+    reader._check_shard(file, arrays, store.manifest)
+    arrays[name].flat[-1] = value
+    with pytest.raises(DataError, match=said):
+        reader._check_shard(file, arrays, store.manifest)
+    if name == "turn_ends":
+        arrays[name][:] = (9, 4, 5)
+        with pytest.raises(DataError, match=said):
+            reader._check_shard(file, arrays, store.manifest)
 
 
 def test_nothing_there(tmp_path: Path) -> None:

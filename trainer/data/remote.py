@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from socket import gethostname
 from typing import TypeVar
 
 from trainer.durable import write_errors, xxh3_of_file
@@ -144,7 +145,7 @@ class ShardCache:
             self._wait_for(file, deadline)
             try:
                 if file.is_whole(file.path):
-                    os.utime(file.path)
+                    _mark_used(file.path)
                     return file.path
             except FileNotFoundError:
                 # Removed in between: the cache is small, or another run uses it too.
@@ -164,7 +165,7 @@ class ShardCache:
             return
         for file in needed:
             with suppress(FileNotFoundError):
-                os.utime(file.path)
+                _mark_used(file.path)
         with self._changed:
             self._protected.append({file.path for file in needed})
             self._urgent |= {
@@ -310,7 +311,7 @@ class ShardCache:
             MissingInputError: it cannot be fetched.
             CannotWriteError: no space left.
         """
-        temporary = self._partial / f"{file.key}.{os.getpid()}"
+        temporary = self._partial / f"{file.key}.{gethostname()}.{os.getpid()}"
         try:
             for _ in range(2):
                 _with_retries(file.url, lambda: _download(file.url, temporary))
@@ -349,13 +350,19 @@ class ShardCache:
             marker.unlink(missing_ok=True)
 
     def _remove_abandoned(self) -> None:
-        """What a killed process left half written, and failures of an earlier life."""
-        for left in self._partial.iterdir():
+        """What a killed process of this host left half written, and failures of an earlier life."""
+        for left in self._partial.glob(f"*.{gethostname()}.*"):
             process = left.name.rpartition(".")[2]
             if process.isdigit() and not Path("/proc", process).exists():
                 left.unlink(missing_ok=True)
         for marker in self._wanted.glob("*.failed"):
             marker.unlink(missing_ok=True)
+
+
+def _mark_used(path: Path) -> None:
+    # Not the file system's own clock: it ticks too seldom to order two uses.
+    now = time.time_ns()
+    os.utime(path, ns=(now, now))
 
 
 def _download(url: str, target: Path) -> None:

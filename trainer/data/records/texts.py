@@ -64,13 +64,11 @@ def _integers(row: RowView, key: str, length: int | None = None) -> NDArray[np.i
     name, place = row.name(key), row.place
     if name not in row.value:
         raise missing(row.value, name, place)
-    values = list_of(row.get(key), name, place)
-    allowed: tuple[type[Any], ...] = (int, bool) if key == "loss_mask" else (int,)
-    for index, value in enumerate(values):
-        if type(value) not in allowed:
-            raise DataError(
-                f"{place}: {name}[{index}] must be a whole number, this is {name_of_type(value)}", "write numbers"
-            )
+    given = row.get(key)
+    if isinstance(given, np.ndarray) and given.dtype.kind in "iu":
+        values: list[Any] | NDArray[Any] = given
+    else:
+        values = _whole_numbers(list_of(given, name, place), key, name, place)
     if length is not None and len(values) != length:
         raise DataError(
             f"{place}: '{name}' has {len(values)} entries for {length} tokens", "write one entry for each token"
@@ -79,3 +77,13 @@ def _integers(row: RowView, key: str, length: int | None = None) -> NDArray[np.i
         return np.array(values, dtype=np.int64)
     except OverflowError as error:
         raise DataError(f"{place}: '{name}' has numbers beyond 64 bits", "write token ids") from error
+
+
+def _whole_numbers(values: list[Any], key: str, name: str, place: str) -> list[Any]:
+    allowed: tuple[type[Any], ...] = (int, bool) if key == "loss_mask" else (int,)
+    for index, value in enumerate(values):
+        if type(value) not in allowed:
+            raise DataError(
+                f"{place}: {name}[{index}] must be a whole number, this is {name_of_type(value)}", "write numbers"
+            )
+    return values

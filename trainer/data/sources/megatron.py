@@ -2,15 +2,18 @@ r"""Megatron's indexed token files: NAME.bin holds token ids, NAME.idx says wher
 
 The index, all little-endian: magic ``MMIDIDX\0\0``, version u64 = 1, type code u8, number of sequences u64, length of
 the document table u64, then sequence lengths i32, byte offsets of sequences i64, and the document table i64, whose
-neighbours are the first and the one-past-last sequence of a document. A row is a document: {"input_ids": ids}.
+neighbours are the first and the one-past-last sequence of a document. A row is a document: {"input_ids": ids}; beside
+NAME.bin there may be NAME.loss_mask.bin and .idx (as our own export writes them), a byte a token: then a row has
+"loss_mask" too.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,15 +26,20 @@ from trainer.errors import DataError
 
 HEADER = struct.Struct("<9sQBQQ")
 INTEGER_TYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+MASK = "loss_mask"
 _COPY_REMEDY = "get complete copies of the .bin and the .idx file, made together"
 
 
 @dataclass(frozen=True)
 class MegatronChunk:
-    """Documents: of each the byte ranges of its sequences in the .bin file; `first_row` counts from 1."""
+    """Documents: of each the byte ranges of its sequences in the .bin file; `first_row` counts from 1.
+
+    `mask` is the file of the loss mask, if there is one.
+    """
 
     file: str
     path: Path
+    mask: Path | None
     dtype: str
     documents: tuple[tuple[tuple[int, int], ...], ...]
     first_row: int
@@ -41,24 +49,33 @@ class MegatronChunk:
         """See `Chunk`: of the ids and the lengths of the documents."""
         lengths = [sum(stop - start for start, stop in ranges) for ranges in self.documents]
         ranges = [item for document in self.documents for item in document]
-        return content_key(("megatron", self.dtype, self.first_row, lengths), read_ranges(self.path, self.file, ranges))
+        files = [(self.path, ranges)] if self.mask is None else [(self.path, ranges), (self.mask, self._in_mask(ranges))]
+        content = (piece for path, wanted in files for piece in read_ranges(path, self.file, wanted))
+        return content_key(("megatron", self.dtype, self.first_row, lengths), content)
 
     def rows(self) -> Iterator[RawRow | BadRow]:
         """See `Chunk`. The ids have the type they have in the file."""
         for line, ranges in enumerate(self.documents, start=self.first_row):
             try:
-                yield RawRow({"input_ids": self._ids(ranges)}, self.file, line)
+                value: dict[str, Any] = {"input_ids": self._read(self.path, ranges, self.dtype)}
+                if self.mask is not None:
+                    value["loss_mask"] = self._read(self.mask, self._in_mask(ranges), "u1")
+                yield RawRow(value, self.file, line)
             except RowProblem as problem:
                 yield problem.bad_row(self.file, line, None, b"")
 
-    def _ids(self, ranges: tuple[tuple[int, int], ...]) -> NDArray[np.integer]:
+    def _in_mask(self, ranges: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+        width = np.dtype(self.dtype).itemsize
+        return tuple((start // width, stop // width) for start, stop in ranges)
+
+    def _read(self, path: Path, ranges: tuple[tuple[int, int], ...], dtype: str) -> NDArray[np.integer]:
         size = sum(stop - start for start, stop in ranges)
         if size > MAX_ROW_BYTES:
             raise row_too_long()
-        content = b"".join(read_ranges(self.path, self.file, ranges))
+        content = b"".join(read_ranges(path, self.file, ranges))
         if len(content) != size:
             raise RowProblem("the .bin file ends inside this document", _COPY_REMEDY)
-        return np.frombuffer(content, dtype=self.dtype)
+        return np.frombuffer(content, dtype=dtype)
 
 
 def megatron_chunks(file: InputFile, chunk_bytes: int) -> Iterator[Chunk]:
@@ -74,6 +91,7 @@ def megatron_chunks(file: InputFile, chunk_bytes: int) -> Iterator[Chunk]:
     except OSError as error:
         raise cannot_read(file.name, error) from error
     dtype, starts, stops, documents = _read_index(index, file.name, data_bytes)
+    mask = _mask_of(data, starts // np.dtype(dtype).itemsize, stops // np.dtype(dtype).itemsize)
     waiting: list[tuple[tuple[int, int], ...]] = []
     first_row, size = 1, 0
     for first, stop in zip(documents[:-1].tolist(), documents[1:].tolist(), strict=True):
@@ -81,10 +99,25 @@ def megatron_chunks(file: InputFile, chunk_bytes: int) -> Iterator[Chunk]:
         waiting.append(ranges)
         size += sum(end - start for start, end in ranges)
         if size >= chunk_bytes:
-            yield MegatronChunk(file.name, data, dtype, tuple(waiting), first_row, size)
+            yield MegatronChunk(file.name, data, mask, dtype, tuple(waiting), first_row, size)
             first_row, size, waiting = first_row + len(waiting), 0, []
     if waiting:
-        yield MegatronChunk(file.name, data, dtype, tuple(waiting), first_row, size)
+        yield MegatronChunk(file.name, data, mask, dtype, tuple(waiting), first_row, size)
+
+
+def _mask_of(data: Path, starts: NDArray[np.int64], stops: NDArray[np.int64]) -> Path | None:
+    """The loss mask beside a .bin file, when there is one; DataError when it does not fit its sequences."""
+    mask = data.with_suffix(f".{MASK}.bin")
+    index = mask.with_suffix(".idx")
+    if not index.exists():
+        return None
+    try:
+        dtype, mask_starts, mask_stops, _ = _read_index(index.read_bytes(), str(index), mask.stat().st_size)
+    except OSError as error:
+        raise cannot_read(str(mask), error) from error
+    if dtype != "<u1" or not (np.array_equal(starts, mask_starts) and np.array_equal(stops, mask_stops)):
+        raise DataError(f"{mask} does not have a byte for every token of {data}", "write both together, or remove it")
+    return mask
 
 
 def _read_index(
