@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from trainer.data.interop.megatron import write_megatron
 from trainer.data.reader import TokenStore
+from trainer.data.sources.megatron import MASK
 from trainer.durable import sync_directory, sync_file, write_errors
 from trainer.errors import CannotWriteError
 
@@ -114,7 +115,7 @@ def _megatron(store: TokenStore, out: Path) -> list[Path]:
 
     written = []
     for stem, arrays, dtype in (
-        (f"{out.name}.loss_mask", masks(), np.dtype(np.uint8)),
+        (f"{out.name}.{MASK}", masks(), np.dtype(np.uint8)),
         (out.name, ids_of_all(), wide),
     ):
         names = [out.with_name(f"{stem}{ending}") for ending in (".bin", ".idx")]

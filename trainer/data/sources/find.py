@@ -127,7 +127,7 @@ def _only_split(directory: Path) -> Path:
 
 
 def _is_about_the_data(path: Path) -> bool:
-    return path.name.lower() in _ABOUT_THE_DATA
+    return path.name.lower() in _ABOUT_THE_DATA or Path(path.stem).suffix == ".loss_mask"
 
 
 def _input_of_path(path: Path) -> InputFile:

@@ -49,7 +49,9 @@ class MegatronChunk:
         """See `Chunk`: of the ids and the lengths of the documents."""
         lengths = [sum(stop - start for start, stop in ranges) for ranges in self.documents]
         ranges = [item for document in self.documents for item in document]
-        files = [(self.path, ranges)] if self.mask is None else [(self.path, ranges), (self.mask, self._in_mask(ranges))]
+        files = (
+            [(self.path, ranges)] if self.mask is None else [(self.path, ranges), (self.mask, self._in_mask(ranges))]
+        )
         content = (piece for path, wanted in files for piece in read_ranges(path, self.file, wanted))
         return content_key(("megatron", self.dtype, self.first_row, lengths), content)
 
