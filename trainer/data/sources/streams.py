@@ -4,36 +4,30 @@ from __future__ import annotations
 
 import gzip
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
 
 from trainer.errors import MissingInputError
 
 GZIP_MAGIC = b"\x1f\x8b"
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 BLOCK_BYTES = 1 << 20
-_COMPRESSED_READ_BYTES = 1 << 16
+_GZIP_STEP = 1 << 16
+_ZSTD_STEP = 1 << 12
 
 STREAM_ERRORS = (OSError, EOFError, zlib.error)
 """What reading raises from a damaged stream or disk."""
 
 
-class ByteStream(Protocol):
-    """What is read from: at most `size` bytes a call, none at the end."""
-
-    def read(self, size: int, /) -> bytes:
-        """The next bytes."""
-
-
 class Blocks:
     """A byte stream in blocks of a fixed size, whatever the reader asks for, so that damage shows at a fixed byte."""
 
-    def __init__(self, stream: ByteStream, compression: str) -> None:
+    def __init__(self, read: Callable[[int], bytes], step: int, compression: str) -> None:
+        """`read` gives at most so many bytes, none at the end; it is asked for `step` at a time."""
         self.compression = compression
-        self._stream = stream
-        self._step = _COMPRESSED_READ_BYTES if compression else BLOCK_BYTES
+        self._read = read
+        self._step = step
         self._failure: Exception | None = None
 
     def read(self) -> bytes:
@@ -48,7 +42,7 @@ class Blocks:
         size = 0
         while size < BLOCK_BYTES:
             try:
-                part = self._stream.read(self._step)
+                part = self._read(self._step)
             except STREAM_ERRORS as error:
                 if not parts:
                     raise
@@ -77,14 +71,15 @@ def open_blocks(path: Path, name: str) -> Iterator[Blocks]:
         file.seek(0)
         if magic.startswith(GZIP_MAGIC):
             with gzip.GzipFile(fileobj=file) as stream:
-                yield Blocks(stream, "gzip")
+                # read1, and small steps: what can be decompressed before the damage is given out.
+                yield Blocks(stream.read1, _GZIP_STEP, "gzip")
         elif magic == ZSTD_MAGIC:
             import pyarrow
 
             with pyarrow.CompressedInputStream(file, "zstd") as stream:
-                yield Blocks(stream, "zstd")
+                yield Blocks(stream.read, _ZSTD_STEP, "zstd")
         else:
-            yield Blocks(file, "")
+            yield Blocks(file.read, BLOCK_BYTES, "")
 
 
 def read_ranges(path: Path, name: str, ranges: Iterable[tuple[int, int]]) -> Iterator[bytes]:
