@@ -57,7 +57,7 @@ def test_a_difference_is_found_and_named(tmp_path: Path) -> None:
     assert diff_stores(first, tiny_store(tmp_path / "same", rows)).equal
     moved = diff_stores(first, tiny_store(tmp_path / "moved", rows[::-1]))
     assert (moved.equal, moved.moved, moved.common) == (False, True, 12)
-    changed = rows[:4] + [{**rows[4], "output": "else"}, *rows[5:], rows[0]]
+    changed = [*rows[:4], {**rows[4], "output": "else"}, *rows[5:], rows[0]]
     found = diff_stores(first, tiny_store(tmp_path / "changed", changed, sequence_length=64))
     assert (found.equal, found.common, found.only_first_count, found.only_second_count) == (False, 11, 1, 2)
     assert found.only_first == (f"{tmp_path}/a/rows.jsonl:5",)
