@@ -108,6 +108,8 @@ def columns_of(row: RawRow, layout: Layout) -> dict[str, str]:
     """
     format = FORMATS[layout.format]
     mapping = layout.mapping
+    if len(mapping) == len(row.value) and all(column in row.value for column in mapping.values()):
+        return mapping  # every column of the row is told
     columns = dict(mapping)
     for key in format.keys:
         if key in mapping:
