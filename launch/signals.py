@@ -10,16 +10,9 @@ Ranks are started with SIGUSR2 blocked: a request that arrives while torch is st
 
 from __future__ import annotations
 
-import ctypes
-import os
 import signal
-import sys
 import time
 from types import FrameType
-
-from trainer.errors import PeerLostError
-
-_PR_SET_PDEATHSIG = 1
 
 
 class StopRequests:
@@ -45,19 +38,3 @@ class StopRequests:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.request(f"{signal.Signals(number).name} at {time.strftime('%H:%M:%S')}")
-
-
-def die_with_parent(launcher_pid: int) -> str | None:
-    """Have the kernel kill this process when its parent dies; returns why it cannot, or None.
-
-    Raises PeerLostError when the launcher is already gone: it may die between starting us and this call, and then no
-    signal would ever come.
-    """
-    if not sys.platform.startswith("linux"):
-        return f"{sys.platform} cannot kill a process with its parent; ranks outlive a launcher that is killed"
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-        return f"prctl(PR_SET_PDEATHSIG): {os.strerror(ctypes.get_errno())}"
-    if os.getppid() != launcher_pid:
-        raise PeerLostError(f"the launcher (pid {launcher_pid}) is gone", "start the same command again")
-    return None

@@ -22,7 +22,7 @@ from typing import NoReturn
 from launch.contract import LAUNCHER_PID, require_resolvable, resolve
 from launch.faults import name_of_fault
 from launch.local import launch_local
-from launch.signals import StopRequests, die_with_parent
+from launch.signals import StopRequests
 from trainer.cli import report
 from trainer.config.arguments import add_config_arguments
 from trainer.config.deepspeed import check_deepspeed
@@ -31,6 +31,7 @@ from trainer.config.load import load_config
 from trainer.config.schema import Config
 from trainer.durable import write_file
 from trainer.errors import ConfigError, RunLockedError, SteadfastError, UsageError
+from trainer.orphans import die_with_parent
 from trainer.run_directory import RunDirectory
 from trainer.world import World
 

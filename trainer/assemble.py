@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from socket import gethostname
 from typing import Any
@@ -25,10 +26,14 @@ from trainer.prepare import (
     changed_settings,
     collect_model_files,
     model_directory,
+    open_cache,
     open_held_out,
     prepare_model,
     probe_prompts,
+    row_order,
+    row_spec,
     run_identity,
+    source_epochs,
 )
 from trainer.run_directory import RunDirectory
 from trainer.state import TrainState
@@ -65,10 +70,18 @@ def train_joined(config: Config, world: World, stop: StopFlag, run: RunDirectory
     if world.is_first:
         # Under the lock: before it these may be those of a run that is just ending.
         run.stopped.unlink(missing_ok=True)
-    store = open_store(Path(config.data.train), rank=world.rank, world_size=world.world_size)
-    held_out = open_held_out(config, store, rank=world.rank, world_size=world.world_size)
-    rows = store.plan(config.data.sequence_length, config.data.overlap, config.data.packing)
-    plan = make_plan(config, world_size=world.world_size, rows=rows.n_rows, sequence_length=rows.sequence_length)
+    cache = open_cache(config, world)
+    store = open_store(config.data.train, rank=world.rank, world_size=world.world_size, cache=cache)
+    held_out = open_held_out(config, store, rank=world.rank, world_size=world.world_size, cache=cache)
+    rows = store.plan(row_spec(config, store))
+    order = row_order(config, store, rows)
+    plan = make_plan(
+        config,
+        world_size=world.world_size,
+        rows=rows.n_rows,
+        sequence_length=rows.sequence_length,
+        source_epochs=source_epochs(config, store, rows, order),
+    )
     if world.is_first:
         prepare_model(config, store, rows, run)
     collectives.barrier()
@@ -77,7 +90,7 @@ def train_joined(config: Config, world: World, stop: StopFlag, run: RunDirectory
     feed = Feed(
         store,
         rows,
-        seed=config.run.seed,
+        order=order,
         global_batch_size=config.train.global_batch_size,
         micro_batch_size=config.train.micro_batch_size,
         rank=world.rank,
@@ -115,7 +128,7 @@ def train_joined(config: Config, world: World, stop: StopFlag, run: RunDirectory
         )
     else:
         record = nullcontext(Record([], lambda final, stopped, reason: None))
-    with record as observed:
+    with record as observed, closing(feed):
         loop = Loop(
             engine=engine,
             feed=feed,
@@ -131,6 +144,8 @@ def train_joined(config: Config, world: World, stop: StopFlag, run: RunDirectory
         final, stopped = fit(loop, state)
         observed.finish(final, stopped, stop.requested)
     engine.close()
+    if cache is not None:
+        cache.close()
 
 
 def refuse_shared_devices(ranks: Sequence[dict[str, str]]) -> None:
@@ -204,7 +219,8 @@ def _evaluation(
         return None
     from trainer.evaluate.evaluator import evaluate_loss
 
-    held_out_rows = held_out.plan(rows.sequence_length, rows.overlap, config.data.packing)
+    # Whatever training does with long documents, the loss is that of all their tokens.
+    held_out_rows = held_out.plan(replace(rows.spec, long_text="windows", by_source=held_out.spec.by_source))
 
     def evaluate(state: TrainState) -> dict[str, float]:
         batches = evaluation_batches(
@@ -215,6 +231,6 @@ def _evaluation(
             world_size=world.world_size,
             max_rows=config.evaluate.max_rows,
         )
-        return {f"eval/{held_out.path.name}/{name}": value for name, value in evaluate_loss(engine, batches).items()}
+        return {f"eval/{held_out.name}/{name}": value for name, value in evaluate_loss(engine, batches).items()}
 
     return evaluate

@@ -28,13 +28,22 @@ class Plan:
     max_steps: int
     epochs: float
     """Times the whole store is seen."""
+    source_epochs: dict[str, float]
+    """Times each source of a mixture is seen; empty without a mixture."""
 
     def as_json(self) -> dict[str, Any]:
         """Plain values for plan.json."""
         return asdict(self)
 
 
-def make_plan(config: Config, *, world_size: int, rows: int, sequence_length: int) -> Plan:
+def make_plan(
+    config: Config,
+    *,
+    world_size: int,
+    rows: int,
+    sequence_length: int,
+    source_epochs: dict[str, float] | None = None,
+) -> Plan:
     """The plan of a run over `rows` rows of `sequence_length` tokens."""
     batch, micro = config.train.global_batch_size, config.train.micro_batch_size
     accumulation = accumulation_steps(config, world_size)
@@ -49,4 +58,5 @@ def make_plan(config: Config, *, world_size: int, rows: int, sequence_length: in
         rows=rows,
         max_steps=config.train.max_steps,
         epochs=config.train.max_steps * batch / rows,
+        source_epochs=source_epochs or {},
     )

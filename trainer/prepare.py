@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,22 @@ import yaml
 
 from trainer.checkpoint.verify import committed_steps
 from trainer.config.schema import Config
-from trainer.data.packing import RowPlan
+from trainer.data.mixture import MixedOrder, mixed_order, weights_of
+from trainer.data.order import BlockOrder, GlobalOrder, Order
+from trainer.data.packing import PlanSpec, RowPlan
+from trainer.data.remote import ShardCache
 from trainer.data.store import TokenStore, open_store
 from trainer.data.tokenize import PROBE_TEXTS, load_tokenizer
 from trainer.durable import sha256_of_file, write_errors, write_file
-from trainer.errors import DataError
+from trainer.errors import DataError, UsageError
 from trainer.run_directory import RunDirectory
+from trainer.world import World
 
 PROBE_PROMPTS, PROBE_LENGTH = 4, 64
 RECIPE = "made-from.json"
 """Inside an initial model: what it was made from."""
+REMOTE_SHUFFLE_BLOCKS = 16
+"""Blocks shuffled together for a store at a URL: a batch then mixes about as many shards."""
 
 
 def prepare_model(config: Config, store: TokenStore, rows: RowPlan, run: RunDirectory) -> None:
@@ -83,11 +90,104 @@ def changed_settings(config: Config, run: RunDirectory) -> list[str]:
     return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in new if old.get(key) != new[key]]
 
 
-def open_held_out(config: Config, store: TokenStore, *, rank: int, world_size: int) -> TokenStore | None:
+def open_cache(config: Config, world: World) -> ShardCache | None:
+    """The cache of this node, if data.cache_dir names one; the first rank of each node fetches."""
+    if config.data.cache_dir is None:
+        return None
+    return ShardCache(
+        Path(config.data.cache_dir),
+        int(config.data.cache_gib * 2**30),
+        downloads=world.local_rank == 0,
+        shared=world.local_world_size > 1,
+        patience_seconds=config.engine.timeout_seconds,
+    )
+
+
+def row_spec(config: Config, store: TokenStore) -> PlanSpec:
+    """How the rows of a store are made in this run; a mixture needs rows of one source each."""
+    data = config.data
+    return store.plan_spec(
+        data.sequence_length,
+        window=data.window,
+        overlap=data.overlap,
+        pin_prefix=data.pin_prefix,
+        long_text=data.long_text,
+        packing=data.packing,
+        by_source=True if data.mixture else None,
+    )
+
+
+def row_order(config: Config, store: TokenStore, rows: RowPlan) -> Order:
+    """The order in which the rows are trained on.
+
+    Raises:
+        UsageError: a cache that is too small for the shuffle, or a mixture of sources that the store does not have.
+        DataError: a source with a weight has no row.
+    """
+    data, seed = config.data, config.run.seed
+    blocks = _shuffle_blocks(config, store)
+    block_rows = -(-rows.n_rows // max(store.n_shards, 1))
+    if store.is_remote and blocks is not None:
+        _refuse_small_cache(config, store, blocks)
+
+    def order_of(n_rows: int, seed: int) -> Order:
+        return GlobalOrder(n_rows, seed) if blocks is None else BlockOrder(n_rows, seed, block_rows, blocks)
+
+    if data.mixture is None:
+        return order_of(rows.n_rows, seed)
+    names = store.source_names
+    sizes = np.diff(rows.source_rows).tolist()
+    segments = []
+    for number, segment in enumerate(data.mixture):
+        weights = weights_of(segment.weights, names, f"data.mixture.{number}.weights")
+        for name, weight, size in zip(names, weights, sizes, strict=True):
+            if weight and not size:
+                raise DataError(
+                    f"source {name} of {store.location} has no row to train on", "take it out of data.mixture"
+                )
+        segments.append((segment.rows, weights))
+    # Sources of equal size must not be in lockstep.
+    orders = [order_of(size, seed + 1 + number) if size else None for number, size in enumerate(sizes)]
+    return mixed_order(orders, rows.source_rows[:-1], segments, seed)
+
+
+def source_epochs(config: Config, store: TokenStore, rows: RowPlan, order: Order) -> dict[str, float]:
+    """How often the run sees each source of a mixture; empty without a mixture."""
+    if not isinstance(order, MixedOrder):
+        return {}
+    drawn = order.drawn_before(config.train.max_steps * config.train.global_batch_size)
+    sizes = np.diff(rows.source_rows)
+    return {
+        name: round(int(count) / max(int(size), 1), 4)
+        for name, count, size in zip(store.source_names, drawn, sizes, strict=True)
+    }
+
+
+def _shuffle_blocks(config: Config, store: TokenStore) -> int | None:
+    """Blocks that are shuffled together; None: all rows."""
+    return config.data.shuffle_blocks or (REMOTE_SHUFFLE_BLOCKS if store.is_remote else None)
+
+
+def _refuse_small_cache(config: Config, store: TokenStore, blocks: int) -> None:
+    """UsageError when the shards of one shuffle window do not fit the cache: each would be fetched again and again."""
+    windows = len(store.source_names) if config.data.mixture else 1
+    # A block is about a shard of rows and rarely begins where a shard does.
+    needed = min(store.shard_bytes, (2 * blocks + 1) * windows * store.largest_shard_bytes)
+    if needed > config.data.cache_gib * 2**30:
+        raise UsageError(
+            f"shuffling {blocks} blocks of {store.location} needs up to {needed / 2**30:.3g} GiB of its "
+            f"{store.shard_bytes / 2**30:.3g} GiB at once, the cache holds {config.data.cache_gib:g}",
+            "set a larger data.cache_gib or a smaller data.shuffle_blocks",
+        )
+
+
+def open_held_out(
+    config: Config, store: TokenStore, *, rank: int, world_size: int, cache: ShardCache | None = None
+) -> TokenStore | None:
     """The store of data.eval, if any; DataError when it was built with another tokenizer than the training store."""
     if config.data.eval is None:
         return None
-    held_out = open_store(Path(config.data.eval), rank=rank, world_size=world_size)
+    held_out = open_store(config.data.eval, rank=rank, world_size=world_size, cache=cache)
     if held_out.manifest["tokenizer_fingerprint"] != store.manifest["tokenizer_fingerprint"]:
         raise DataError(
             f"{config.data.eval} and {config.data.train} were built with different tokenizers",
@@ -111,12 +211,17 @@ def run_identity(config: Config, store: TokenStore, rows: RowPlan, run: RunDirec
     return {
         "model": model[:16],
         "data": store.fingerprint[:16],
-        "sequence_length": str(rows.sequence_length),
-        "overlap": str(rows.overlap),
-        "packing": str(rows.packing),
+        **{name: str(value) for name, value in asdict(rows.spec).items()},
+        "mixture": _mixture_text(config),
+        "shuffle_blocks": str(_shuffle_blocks(config, store) or "all"),
         "global_batch_size": str(config.train.global_batch_size),
         "seed": str(config.run.seed),
     }
+
+
+def _mixture_text(config: Config) -> str:
+    segments = [segment.model_dump(exclude_none=True) for segment in config.data.mixture or []]
+    return json.dumps(segments, sort_keys=True) if segments else "none"
 
 
 def initial_recipe(config: Config, store: TokenStore) -> dict[str, Any]:
@@ -159,6 +264,6 @@ def _same_ids(model: Any, used: Any, source: Path, store: TokenStore) -> None:
         ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for tokenizer in (model, used)]
         if ids[0] != ids[1]:
             raise DataError(
-                f"{store.path} was built with another tokenizer than that of the model {source}",
+                f"{store.location} was built with another tokenizer than that of the model {source}",
                 f"build the store with --tokenizer {source}",
             )

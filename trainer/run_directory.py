@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import fcntl
-import os
-import socket
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from trainer.durable import write_errors
-from trainer.errors import RunLockedError
+from trainer.locks import take_lock
 
 
 @dataclass(frozen=True)
@@ -105,22 +102,4 @@ class RunDirectory:
         """
         with write_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            stream = (self.path / "lock").open("a+")
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if not isinstance(error, BlockingIOError):
-                # Some cluster file systems know no locks; that must not forbid training there.
-                sys.stderr.write(f"warning: {self.path} cannot be locked ({error.strerror}): start a run only once\n")
-                return stream
-            stream.seek(0)
-            holder = stream.read().strip() or "another process"
-            stream.close()
-            raise RunLockedError(
-                f"{self.path} is in use by {holder}", "wait for it, stop it, or set another run.dir"
-            ) from error
-        stream.seek(0)
-        stream.truncate()
-        stream.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
-        stream.flush()
-        return stream
+        return take_lock(self.path / "lock", str(self.path), "wait for it, stop it, or set another run.dir")

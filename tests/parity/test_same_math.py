@@ -26,7 +26,7 @@ def reference_run(store, values, initial_model):
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(1)
-    plan = store.plan(None, None, values["data"].get("packing", True))
+    plan = store.plan(store.plan_spec(packing=values["data"].get("packing", True)))
     model = AutoModelForCausalLM.from_pretrained(initial_model, dtype=torch.float32)
     model.train()
     optimizer = torch.optim.AdamW(
@@ -127,13 +127,13 @@ def test_packed_equals_unpacked(tmp_path, one_rank, two_ranks, store):
     """One step = the whole store, so both see the same samples in every step."""
     runs = []
     for packing in (True, False):
-        rows = store.plan(None, None, packing).n_rows
+        rows = store.plan(store.plan_spec(packing=packing)).n_rows
         run = tmp_path / str(packing)
         changes = {"data__packing": packing, "train__global_batch_size": rows, "train__micro_batch_size": 7}
         pool = two_ranks if packing else one_rank
         assert pool.run(TRAIN, values=settings(run, store.path, train__max_steps=3, **changes))[0] is None
         runs.append(run)
-    assert store.plan(None, None, True).n_rows < store.plan(None, None, False).n_rows / 2
+    assert store.plan().n_rows < store.plan(store.plan_spec(packing=False)).n_rows / 2
     assert np.abs(np.subtract(losses(runs[0]), losses(runs[1]))).max() <= TOLERANCE
     assert largest_difference(*runs) <= TOLERANCE
 
@@ -149,7 +149,7 @@ def test_windows_equal_whole_documents_when_the_overlap_covers_the_receptive_fie
     }
     runs, supervised = [], []
     for length, overlap in ((2048, 64), (128, 64)):
-        plan = store.plan(length, overlap, True)
+        plan = store.plan(store.plan_spec(length, overlap=overlap))
         run = tmp_path / f"run-{length}"
         changes = {
             "data__sequence_length": length,

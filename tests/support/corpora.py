@@ -9,8 +9,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from trainer.data.build import build_store
+from trainer.data.recipe import Recipe, load_recipe
 from trainer.data.records import Conversation
-from trainer.data.store import TokenStore, build_store, open_store
+from trainer.data.store import TokenStore, open_store
 from trainer.data.templates import DEFAULT_CHAT_TEMPLATE
 
 WORDS = [
@@ -118,8 +120,19 @@ def save_tokenizer(path: Path, template: str | None = DEFAULT_CHAT_TEMPLATE) -> 
     return path
 
 
+def recipe_of(files: Sequence[Any], tokenizer: Path, sequence_length: int = 128, *words: str) -> Recipe:
+    """A recipe over `files` (paths, or whole sources as mappings) with `section.key=value` words."""
+    sources = [file if isinstance(file, dict) else {"path": str(file)} for file in files]
+    given = [f"sources={json.dumps(sources)}", f"tokenizer={json.dumps(str(tokenizer))}"]
+    return load_recipe(None, [*given, f"rows.sequence_length={sequence_length}", *words])
+
+
 def tiny_store(
-    directory: Path, rows: Sequence[dict[str, Any]] | None = None, sequence_length: int = 128, **options: Any
+    directory: Path,
+    rows: Sequence[dict[str, Any]] | None = None,
+    sequence_length: int = 128,
+    words: Sequence[str] = (),
+    **options: Any,
 ) -> TokenStore:
     """A token store of `rows` (default: 40 alpaca rows, some longer than the sequence length) below `directory`."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -128,7 +141,7 @@ def tiny_store(
     tokenizer = directory / "tokenizer"
     if not tokenizer.exists():
         save_tokenizer(tokenizer)
-    build_store([file], tokenizer, directory / "store", sequence_length, **options)
+    build_store(recipe_of([file], tokenizer, sequence_length, *words), directory / "store", **options)
     return open_store(directory / "store")
 
 

@@ -17,7 +17,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from launch.contract import LAUNCHER_PID, resolve
-from launch.signals import StopRequests, die_with_parent
+from launch.signals import StopRequests
+from trainer.orphans import die_with_parent
 
 
 def main() -> int:

@@ -34,7 +34,7 @@ def test_from_files_to_a_shown_store(work: Path, capsys: pytest.CaptureFixture[s
     assert steadfast.main([str(word) for word in build]) == 73
     assert "--overwrite" in capsys.readouterr().err
     report = json.loads(run(*build, "--overwrite", "--json"))
-    assert [source["format"] for source in report["sources"]] == ["alpaca", "sharegpt"]
+    assert [source["format"] for source in report["stores"][0]["sources"]] == ["alpaca", "sharegpt"]
 
     shown = run("data", "inspect", work / "store", "--rows", 2)
     first = alpaca_rows(30)[0]
@@ -59,8 +59,8 @@ def test_from_files_to_a_shown_store(work: Path, capsys: pytest.CaptureFixture[s
         (["--input", "nothing.json"], 66, "nothing.json"),
         (["--input", "a.json", "--format", "messages"], 65, "a.json:2: 'messages' is missing"),
         (["--input", "a.json", "--overlap", "64"], 2, "overlap 64 does not fit sequence length 64"),
-        (["--input", "a.json", "--sequence-length", "0"], 2, "too short"),
-        (["--input", "tokenizer"], 65, "load_from_disk cannot open"),
+        (["--input", "a.json", "--sequence-length", "1"], 2, "too short"),
+        (["--input", "tokenizer"], 65, "tokenizer.json:1: no known format"),
         (["--input", "a.json", "--tokenizer", "none"], 66, "no tokenizer directory none"),
     ],
 )

@@ -1,5 +1,7 @@
 import json
 import os
+import pickle
+import tracemalloc
 from contextlib import suppress
 from pathlib import Path
 
@@ -7,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.data.sources import MAX_ROW_BYTES, read_lines, read_rows
+from trainer.data.sources import MAX_ROW_BYTES, BadRow, chunks, locate, read_lines, read_rows
 from trainer.errors import DataError, MissingInputError
 
 
@@ -76,7 +78,11 @@ def test_whatever_json_writes_is_read_back(
         ('[{"a": 1}\n {"a": 2}]', ":2: expected ',' or ']'"),
         ('[{"a": 1}]\n{"a": 2}', ":2: text after the end of the array"),
         ('{"a": 1} {"a": 2}\n', ":1: not JSON: more text"),
-        ('{\n "a": 1\n}\n', ":1: not JSON"),
+        ('{\n "a": 1\n}\nx', ":4: not JSON: expected a row, found 'x'"),
+        ('{\n "a": 1\n}\n{\n "a": ', ":5: the file ends in the middle of a row"),
+        ('[{"a": 1},\n {"a": "x,\n {"a": 2}]', ":2: not JSON: Invalid control character"),
+        ('[{"a": 1},\n {"a": [1},\n {"a": 2}]', ":2: not JSON: Expecting ',' delimiter"),
+        ('[{"a": 1},\n 1e5 2]', ":2: a row must be a JSON object, this is number"),
         ('{"a": 1}\n[1]\n', ":2: a row must be a JSON object, this is array"),
         ('[{"a": 1},\n null]', ":2: a row must be a JSON object, this is null"),
         ('{"a": 1}\n{"a": NaN}\n', ":2: not JSON: NaN is not JSON"),
@@ -90,12 +96,20 @@ def test_whatever_json_writes_is_read_back(
         ('{"a": 1}\n{"a": "汉字汉字"}\n'.encode("gb18030"), ":2: byte 0xba is not UTF-8; it may be GB18030"),
         ('[{"a": 1},\n{"a": "汉字"}]'.encode("gb18030"), ":2: byte 0xba is not UTF-8; it may be GB18030"),
         (b'{"a": "caf\xe9"}\n', ":1: byte 0xe9 is not UTF-8; it may be Latin-1"),
-        (b"\x1f\x8b\x08\x00", "is compressed"),
-        (b"PAR1xxxx", "is a Parquet file"),
+        (b"\x1f\x8b\x08\x00", "the compressed data is damaged at its start"),
+        (b"PAR1xxxx", "the Parquet data is damaged"),
+        ('{"a": 1}\n'.encode("utf-16-le"), "is UTF-16LE text"),
+        ('{"a": 1}\n'.encode("utf-16-be"), "is UTF-16BE text"),
+        ('{"a": 1}\n'.encode("utf-32"), "is UTF-32 text"),
+        (b"PK\x03\x04....", "is a zip archive"),
         ('{"a": 1}\n{"a": ' + "[" * 10_000 + "]" * 10_000 + "}\n", ":2: nested deeper than 64 levels"),
         ('{"a": 1}\n{"a": ' + "[" * 100 + "]" * 100 + "}\n", ":2: nested deeper than 64 levels"),
         ("[" * 100_000, ":1: nested deeper than 64 levels"),
-        ('{"a": ' + "9" * 5000 + "}\n", ":1: not JSON"),
+        ('[{"a": 1},\n{"a": ' + "[" * 10_000 + "]" * 10_000 + "}]", ":2: nested deeper than 64 levels"),
+        ('{"a": ' + "9" * 5000 + "}\n", ":1: an integer of more than 4,300 digits"),
+        ('[{"a": 1},\n{"a": ' + "9" * 5000 + "}]", ":2: an integer of more than 4,300 digits"),
+        ('{"a": -1e999999999}\n', ":1: the number -1e999999999 is out of range"),
+        ('[{"a": 1},\n' + "9" * (MAX_ROW_BYTES + (2 << 20)), ":2: a number or a word of more than 16 MiB"),
         ('{"a": 1}\n{"a": "' + "x" * (MAX_ROW_BYTES + 5) + '"}\n', ":2: the row is longer than 16 MiB"),
         ('[{"a": 1},\n{"a": "' + "x" * (MAX_ROW_BYTES + 5) + '"}]', ":2: the row is longer than 16 MiB"),
     ],
@@ -122,26 +136,121 @@ def test_any_bytes_give_rows_or_a_data_error(tmp_path_factory: pytest.TempPathFa
         assert list(read_rows(file))
 
 
-def test_a_saved_dataset_is_a_source(tmp_path: Path) -> None:
-    from datasets import Dataset, DatasetDict
+def both(file: Path, content: bytes | str, chunk_bytes: int = 4 << 20) -> list[int | str]:
+    """Lines of rows that can be read, and facts of the others without the name of the file."""
+    file.write_bytes(content.encode() if isinstance(content, str) else content)
+    found: list[int | str] = []
+    for chunk in chunks(locate([str(file)], file.parent)[0], chunk_bytes):
+        for row in chunk.rows():
+            if isinstance(row, BadRow):
+                assert row.error().fact == row.fact
+                assert len(row.raw) <= 4096
+                assert file.read_bytes()[row.byte :].startswith(row.raw)
+                found.append(row.fact.removeprefix(str(file)))
+            else:
+                assert row.byte is not None
+                assert file.read_bytes()[row.byte : row.byte + 1] == b"{"
+                found.append(row.line)
+    return found
 
-    rows = [
-        {"messages": [{"role": "user", "content": "a", "name": None}]},
-        {"messages": [{"role": "user", "content": "b", "name": "n"}]},
-    ]
-    dataset = Dataset.from_list(rows)
-    dataset.save_to_disk(str(tmp_path / "saved"))
-    found = list(read_rows(tmp_path / "saved"))
-    assert [(row.line, row.value) for row in found] == [
-        (1, {"messages": [{"role": "user", "content": "a"}]}),
-        (2, {"messages": [{"role": "user", "content": "b", "name": "n"}]}),
-    ]
-    DatasetDict(train=dataset, test=dataset).save_to_disk(str(tmp_path / "splits"))
-    with pytest.raises(DataError, match="several splits"):
-        list(read_rows(tmp_path / "splits"))
-    (tmp_path / "other").mkdir()
-    with pytest.raises(DataError, match="load_from_disk cannot open"):
-        list(read_rows(tmp_path / "other"))
+
+TOO_LONG = '{"a": "' + "x" * (MAX_ROW_BYTES + (3 << 20)) + '"}'
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 100, 4 << 20])
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (
+            b'{"a": 1}\nx\n{"a": "\xff"}\n\n[]\n{"a": NaN}\n{"a": "\\ud800"}\n{"a": 2}\n{"a": "cut',
+            [
+                1,
+                ":2: not JSON: Expecting value (column 1)",
+                ":3: byte 0xff is not UTF-8",
+                ":5: a row must be a JSON object, this is array",
+                ":6: not JSON: NaN is not JSON",
+                ":7: half of a surrogate pair (\\ud800)",
+                8,
+                ":9: the file ends in the middle of a row (cut off?)",
+            ],
+        ),
+        (
+            b'[{"a": 1},\n null, {"a":\n tru},\n{"a": "a\nb]"}, {"a": [1}},\n{"a": "\xff"}, [{"b": 2}], {"a": 2}]',
+            [
+                1,
+                ":2: a row must be a JSON object, this is null",
+                ":3: not JSON: Expecting value (column 2)",
+                ":4: not JSON: Invalid control character at (column 9)",
+                ":5: not JSON: Expecting ',' delimiter (column 9)",
+                ":6: byte 0xff is not UTF-8",
+                ":6: a row must be a JSON object, this is array",
+                6,
+            ],
+        ),
+        (b'\xef\xbb\xbf{\n"a": 1\n}\n{"a":\n tru}\n\n{"a": 2}\n', [1, ":5: not JSON: Expecting value (column 2)", 7]),
+        (f'{{"a": 1}}\n{TOO_LONG}\n{{"a": 2}}\n', [1, ":2: the row is longer than 16 MiB", 3]),
+        (f'[{{"a": 1}},\n{TOO_LONG}\n,{{"a": 2}}]', [1, ":2: the row is longer than 16 MiB", 3]),
+    ],
+    ids=["lines", "array", "objects", "long line", "long element"],
+)
+def test_reading_goes_on_after_a_bad_row(
+    file: Path, content: bytes | str, expected: list[int | str], chunk_bytes: int
+) -> None:
+    assert both(file, content, chunk_bytes) == expected
+
+
+def test_rows_before_the_break_are_given_out(file: Path) -> None:
+    for content, count in [
+        ('[{"a": 1},\n{"a": 2}\n{"a": 3}]', 2),
+        ('[{"a": 1}, {"a": 2}] x', 2),
+        ('[{"a": 1}, {"a', 1),
+    ]:
+        file.write_text(content)
+        found = []
+        with suppress(DataError):
+            for chunk in chunks(locate([str(file)], file.parent)[0]):
+                found += list(chunk.rows())
+            pytest.fail("the break was not said")
+        assert len(found) == count
+
+
+def test_a_chunk_is_its_content(file: Path, tmp_path: Path) -> None:
+    """Chunks travel to other processes, and their keys say whether work done before can be used again."""
+    other = tmp_path / "other.jsonl"
+    text = "".join(json.dumps({"a": "x" * number}) + "\n" for number in range(200))
+    file.write_text(text)
+    other.write_text(text.replace('"xxx"', '"xyx"'))
+    (mine,), (theirs,) = locate([str(file)], tmp_path), locate([str(other)], tmp_path)
+    cut, again = list(chunks(mine, 1000)), list(chunks(theirs, 1000))
+    assert sum(chunk.size for chunk in cut) == len(text)
+    assert all(900 < chunk.size < 2200 for chunk in cut[:-1])
+    assert len({chunk.key() for chunk in cut}) == len(cut)
+    assert [a.key() == b.key() for a, b in zip(cut, again, strict=True)] == [False, *[True] * (len(cut) - 1)]
+    assert [list(pickle.loads(pickle.dumps(chunk)).rows()) for chunk in cut] == [list(chunk.rows()) for chunk in cut]
+    moved = tmp_path / "moved.jsonl"
+    moved.write_text("\n" + text)
+    assert {chunk.key() for chunk in chunks(locate([str(moved)], tmp_path)[0], 1000)}.isdisjoint(
+        chunk.key() for chunk in cut
+    )
+
+
+def test_an_array_is_read_in_bounded_memory(file: Path) -> None:
+    with file.open("w") as stream:
+        stream.write("[")
+        for number in range(1_500):
+            stream.write(f'{"," * (number > 0)}\n{{"a": {number}, "b": "{"x" * 32_000}"}}')
+        stream.write("]")
+    (source,) = locate([str(file)], file.parent)
+    tracemalloc.start()
+    count = 0
+    for chunk in chunks(source):
+        for _ in chunk.rows():
+            count += 1
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == 1_500
+    assert source.bytes > 48_000_000
+    assert peak < 40_000_000
 
 
 def test_a_missing_file_is_said(tmp_path: Path) -> None:

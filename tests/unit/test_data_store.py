@@ -1,10 +1,6 @@
 import json
 import os
 import resource
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -14,16 +10,18 @@ from safetensors.numpy import load_file
 from tests.support.corpora import (
     alpaca_rows,
     message_rows,
+    recipe_of,
     save_tokenizer,
     sharegpt_rows,
     tiny_store,
     write_json,
     write_json_lines,
 )
-from trainer.data import build, reader
-from trainer.data.packing import RowPlan
-from trainer.data.reader import MANIFEST, PLAN_ARRAYS
-from trainer.data.store import build_store, open_store, verify_store
+from trainer.data import reader
+from trainer.data.build import build_store
+from trainer.data.packing import PLAN_ARRAYS, RowPlan
+from trainer.data.reader import MANIFEST
+from trainer.data.store import open_store, verify_store
 from trainer.data.tokenize import load_tokenizer
 from trainer.errors import CannotWriteError, DataError, MissingInputError, UsageError
 
@@ -36,7 +34,8 @@ def test_the_fingerprint_is_of_the_content_not_of_the_place(tmp_path: Path) -> N
     def built(name: str, rows: int, length: int = 200) -> str:
         (tmp_path / name).mkdir()
         file = write_json(tmp_path / name / "a.json", alpaca_rows(rows))
-        return build_store([file], tokenizer, tmp_path / name / "store", length).fingerprint
+        report = build_store(recipe_of([file], tokenizer, length), tmp_path / name / "store")
+        return str(report["stores"][0]["fingerprint"])
 
     first = built("here", 12)
     assert built("elsewhere", 12) == first
@@ -50,13 +49,14 @@ def test_round_trip(tmp_path: Path) -> None:
         write_json_lines(tmp_path / "m.jsonl", message_rows(9)),
         write_json_lines(tmp_path / "s.jsonl", sharegpt_rows(4)),
     ]
-    report = build_store(files, save_tokenizer(tmp_path / "tokenizer"), tmp_path / "store", 200)
+    recipe = recipe_of(files, save_tokenizer(tmp_path / "tokenizer"), 200)
+    (report,) = build_store(recipe, tmp_path / "store")["stores"]
     store = open_store(tmp_path / "store")
-    assert store.fingerprint == report.fingerprint
-    assert [source.format for source in report.sources] == ["alpaca", "messages", "sharegpt"]
-    assert [source.rows for source in report.sources] == [12, 9, 4]
-    assert [source.methods for source in report.sources] == [{"markers": 12}, {"markers": 9}, {"markers": 4}]
-    assert store.n_documents == report.documents == 25
+    assert store.fingerprint == report["fingerprint"]
+    assert [source["format"] for source in report["sources"]] == ["alpaca", "messages", "sharegpt"]
+    assert [source["rows"] for source in report["sources"]] == [12, 9, 4]
+    assert [source["methods"] for source in report["sources"]] == [{"markers": 12}, {"markers": 9}, {"markers": 4}]
+    assert store.n_documents == report["documents"] == 25
     assert store.vocabulary_size == 259
     assert store.place(12) == f"{files[1]}:1"
     tokenizer = load_tokenizer(store.tokenizer_path)
@@ -64,13 +64,13 @@ def test_round_trip(tmp_path: Path) -> None:
     assert ids.dtype == np.uint16
     answer = alpaca_rows(12)[0]["output"]
     assert [tokenizer.decode(ids[start:stop].astype(int)) for start, stop in spans] == [f"{answer}<|im_end|>"]
-    assert report.tokens == sum(len(store.document(i)[0]) for i in range(25))
-    assert report.supervised_tokens == sum(
+    assert report["tokens"] == sum(len(store.document(i)[0]) for i in range(25))
+    assert report["supervised_tokens"] == sum(
         int((s[:, 1] - s[:, 0]).sum()) for s in (store.document(i)[1] for i in range(25))
     )
-    assert report.sources[0].bytes == files[0].stat().st_size
+    assert report["sources"][0]["bytes"] == files[0].stat().st_size
     verified = verify_store(tmp_path / "store")
-    assert (verified.documents, verified.tokens) == (25, report.tokens)
+    assert (verified.documents, verified.tokens) == (25, report["tokens"])
     # Any safetensors reader can read it.
     for entry in store.manifest["files"]:
         if entry["name"].endswith(".safetensors"):
@@ -80,15 +80,16 @@ def test_round_trip(tmp_path: Path) -> None:
 def test_stored_plan_equals_computed_plan(tmp_path: Path) -> None:
     store = tiny_store(tmp_path)
     stored = store.plan()
-    computed = store.compute_plan(store.sequence_length, store.overlap, packing=True)
+    computed = store.compute_plan(store.spec)
     assert isinstance(stored, RowPlan)
     for name in PLAN_ARRAYS:
         assert np.array_equal(getattr(stored, name), getattr(computed, name)), name
         assert getattr(stored, name).dtype == getattr(computed, name).dtype
     assert stored.padding_share == pytest.approx(store.manifest["padding_share"], abs=1e-6)
-    assert store.plan(64).overlap == 8
-    with pytest.raises(UsageError):
-        store.plan(64, 64)
+    assert store.plan_spec(64).overlap == 8
+    for settings in ({"overlap": 64}, {"window": 65}, {"window": 8, "overlap": 9}):
+        with pytest.raises(UsageError):
+            store.plan_spec(64, **settings)
 
 
 def test_opening_with_a_stored_plan_touches_no_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,19 +98,20 @@ def test_opening_with_a_stored_plan_touches_no_documents(tmp_path: Path, monkeyp
     def touched(*_: object, **__: object) -> None:
         raise RuntimeError("offsets or spans of all documents were read")
 
-    monkeypatch.setattr(reader, "_joined_offsets", touched)
     monkeypatch.setattr(reader, "plan_rows", touched)
     store = open_store(path)
     assert store.plan().n_rows > 0
     with pytest.raises(RuntimeError, match="were read"):
-        store.plan(64)
+        store.plan(store.plan_spec(64))
 
 
 def test_several_shards_make_the_same_plan_as_one(tmp_path: Path) -> None:
     one, many = (tiny_store(tmp_path / name, shard_tokens=size) for name, size in (("one", 1 << 20), ("many", 500)))
     assert len(list((many.path / "tokens").iterdir())) > 3
     for name in PLAN_ARRAYS:
-        assert np.array_equal(getattr(one.plan(64), name), getattr(many.plan(64), name)), name
+        assert np.array_equal(
+            getattr(one.plan(one.plan_spec(64)), name), getattr(many.plan(many.plan_spec(64)), name)
+        ), name
 
 
 def test_ranks_share_the_checking_of_files(tmp_path: Path) -> None:
@@ -202,7 +204,7 @@ def test_an_existing_store_is_kept_unless_told(tmp_path: Path) -> None:
     stranger.mkdir()
     (stranger / "photo.jpg").write_bytes(b"x")
     with pytest.raises(CannotWriteError, match="is no token store"):
-        build_store([tmp_path / "rows.jsonl"], tmp_path / "tokenizer", stranger, 64, overwrite=True)
+        build_store(recipe_of([tmp_path / "rows.jsonl"], tmp_path / "tokenizer", 64), stranger, overwrite=True)
     assert (stranger / "photo.jpg").exists()
 
 
@@ -225,8 +227,9 @@ def test_rows_that_teach_nothing_are_left_out_and_counted(tmp_path: Path) -> Non
         {"instruction": "say nothing", "output": ""},
     ]
     source = tiny_store(tmp_path, rows).manifest["sources"][0]
-    assert (source["rows"], source["documents"], source["rows_with_empty_answer"]) == (4, 2, 2)
-    assert source["first_empty_answer"].endswith("rows.jsonl:3")
+    assert (source["rows"], source["kept"], source["documents"]) == (4, 2, 2)
+    assert source["left_out"]["counts"] == {"rows with an empty answer": 2}
+    assert source["left_out"]["first"]["rows with an empty answer"].endswith("rows.jsonl:3")
 
 
 def test_windows_without_targets_are_dropped_and_counted(tmp_path: Path) -> None:
@@ -243,7 +246,7 @@ def test_a_tokenizer_without_template_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no chat template"):
         tiny_store(tmp_path)
     with pytest.raises(MissingInputError, match="no tokenizer directory"):
-        build_store([tmp_path / "rows.jsonl"], tmp_path / "other", tmp_path / "store", 64)
+        build_store(recipe_of([tmp_path / "rows.jsonl"], tmp_path / "other", 64), tmp_path / "store")
 
 
 def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,44 +260,6 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path, monkeypatch: pyt
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl", "tokenizer"]
 
 
-SLOW_BUILD = """
-import sys, time
-from pathlib import Path
-from trainer.data import build
-original = build.write_file
-def slow(path, content):
-    if path.name == build.MANIFEST:
-        print("here", flush=True)
-        time.sleep(60)
-    original(path, content)
-build.write_file = slow
-work = Path(sys.argv[1])
-build.build_store([work / "rows.jsonl"], work / "tokenizer", work / "store", 64)
-"""
-
-
-def test_a_killed_build_leaves_no_store_and_the_next_one_cleans_up(tmp_path: Path) -> None:
-    save_tokenizer(tmp_path / "tokenizer")
-    write_json_lines(tmp_path / "rows.jsonl", alpaca_rows(5))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOW_BUILD, str(tmp_path)], stdout=subprocess.PIPE, text=True, env=environment
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "here\n"
-    left = list(tmp_path.glob(".store.*.building"))
-    assert len(left) == 1
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
-    assert not (tmp_path / "store").exists()
-    deadline = time.monotonic() + 5
-    while Path("/proc", str(process.pid)).exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    tiny_store(tmp_path, alpaca_rows(5))
-    assert not list(tmp_path.glob(".store.*"))
-
-
 def test_manifest_numbers_are_checked_by_verify(tmp_path: Path) -> None:
     store = tiny_store(tmp_path)
     manifest = json.loads((store.path / MANIFEST).read_text())
@@ -302,12 +267,12 @@ def test_manifest_numbers_are_checked_by_verify(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not match its own hash"):
         open_store(store.path)
     manifest["tokens"] += 1
-    manifest["body_sha256"] = build.body_hash(manifest)
+    manifest["body_sha256"] = reader.body_hash(manifest)
     (store.path / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(DataError, match="tokens"):
         verify_store(store.path)
     manifest["schema"] = 99
-    manifest["body_sha256"] = build.body_hash(manifest)
+    manifest["body_sha256"] = reader.body_hash(manifest)
     (store.path / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(DataError, match="schema 99"):
         open_store(store.path)

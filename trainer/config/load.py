@@ -1,4 +1,4 @@
-"""YAML file and `section.key=value` overrides to a `Config`, or every problem at once with its place.
+"""YAML file and `section.key=value` overrides to a `Config` (or another schema), or every problem with its place.
 
 Only the YAML file is read. Paths inside it are taken relative to the current directory, not to the file: the same
 file serves many directories, and an override typed in the shell means what the shell means.
@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from trainer.config.document import MAX_BYTES, KeyPath, dump, parse
-from trainer.config.schema import Config, Engine
+from trainer.config.schema import Config, Engine, Section
 from trainer.config.words import hint, keys, sections
 from trainer.errors import ConfigError, MissingInputError
 
 _LONGEST_QUOTE = 60
+_Schema = TypeVar("_Schema", bound=Section)
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -34,7 +35,7 @@ def named_deepspeed(path: Path, overrides: Sequence[str] = ()) -> str | None:
     Raises MissingInputError as `load_config` does.
     """
     try:
-        values, _, _ = _merged(_read(path), str(path), overrides)
+        values, _, _ = _merged(_read(path), str(path), overrides, Config)
     except ConfigError:
         return None
     engine = values.get("engine")
@@ -44,20 +45,32 @@ def named_deepspeed(path: Path, overrides: Sequence[str] = ()) -> str | None:
 
 def config_from_text(text: str, name: str, overrides: Sequence[str] = ()) -> Config:
     """The same as `load_config` for YAML text; `name` stands for the file in messages."""
-    values, places, problems = _merged(text, name, overrides)
-    for section in sections():
+    return document_from_text(text, name, overrides, Config)
+
+
+def load_document(path: Path, overrides: Sequence[str], schema: type[_Schema]) -> _Schema:
+    """The same as `load_config` for any schema whose keys stand in sections or at the top."""
+    return document_from_text(_read(path), str(path), overrides, schema)
+
+
+def document_from_text(text: str, name: str, overrides: Sequence[str], schema: type[_Schema]) -> _Schema:
+    """The same as `load_document` for YAML text; `name` stands for the file in messages."""
+    values, places, problems = _merged(text, name, overrides, schema)
+    for section in sections(schema):
         # An empty section (all its keys commented out) is a section of defaults, and a missing one misses its
         # required keys, which says more than "run is missing".
         if values.get(section) is None:
             values[section] = {}
     try:
-        config = Config.model_validate(values)
+        document = schema.model_validate(values)
     except ValidationError as error:
         for entry in error.errors(include_url=False, include_context=False):
-            problems.append(_problem(entry["type"], entry["loc"], entry["msg"], entry.get("input"), places, name))
+            problems.append(
+                _problem(entry["type"], entry["loc"], entry["msg"], entry.get("input"), places, name, schema)
+            )
     if problems:
         raise ConfigError(problems)
-    return config
+    return document
 
 
 def config_as_yaml(config: Config) -> str:
@@ -83,20 +96,29 @@ def _read(path: Path) -> str:
         raise ConfigError([f"{path}:{line}: not UTF-8 text ({error.reason}); save the file as UTF-8"]) from error
 
 
-def _merged(text: str, name: str, overrides: Sequence[str]) -> tuple[dict[str, Any], dict[KeyPath, str], list[str]]:
+def _merged(
+    text: str, name: str, overrides: Sequence[str], schema: type[Section]
+) -> tuple[dict[str, Any], dict[KeyPath, str], list[str]]:
     """The document with `overrides` applied, where each key was written, and what was wrong so far."""
     document = parse(text, lambda line: f"{name}:{line}")
     problems, places = document.problems, document.places
     values = document.value if document.value is not None else {}
     if not isinstance(values, dict):
-        problems.append(f"{name}:1: a configuration is a mapping of sections, e.g. 'run: {{dir: runs/mine}}'")
+        example = "run: {dir: runs/mine}" if schema is Config else f"{next(iter(keys(schema)))}: ..."
+        problems.append(f"{name}:1: a configuration is a mapping of sections, e.g. '{example}'")
         values = {}
     for override in overrides:
-        _apply(override, values, places, problems)
+        _apply(override, values, places, problems, schema)
     return values, places, problems
 
 
-def _apply(override: str, values: dict[str, Any], places: dict[KeyPath, str], problems: list[str]) -> None:
+def _apply(
+    override: str,
+    values: dict[str, Any],
+    places: dict[KeyPath, str],
+    problems: list[str],
+    schema: type[Section],
+) -> None:
     """Put one `section.key=value` into `values`; the value is YAML (`8`, `null`, `[1, 2]`, `{a: 1}`)."""
     place = f"override {_quote(override)}"
     name, equals, text = override.partition("=")
@@ -104,8 +126,8 @@ def _apply(override: str, values: dict[str, Any], places: dict[KeyPath, str], pr
     if not equals or not all(path):
         problems.append(f"{place}: write section.key=value, e.g. train.max_steps=100")
         return
-    if len(path) == 1 and path[0] in sections():
-        problems.append(f"{place}: override one key at a time, e.g. {_first_key(path[0])}=...")
+    if len(path) == 1 and path[0] in sections(schema):
+        problems.append(f"{place}: override one key at a time, e.g. {_first_key(path[0], schema)}=...")
         return
     document = parse(text, lambda _: place)
     if document.problems:
@@ -127,27 +149,33 @@ def _apply(override: str, values: dict[str, Any], places: dict[KeyPath, str], pr
 
 
 def _problem(
-    kind: str, location: tuple[int | str, ...], message: str, value: Any, places: dict[KeyPath, str], name: str
+    kind: str,
+    location: tuple[int | str, ...],
+    message: str,
+    value: Any,
+    places: dict[KeyPath, str],
+    name: str,
+    schema: type[Section],
 ) -> str:
     """One line for one pydantic error: place, key, what is wrong, what was given."""
     path = tuple(str(part) for part in location)
     dotted = ".".join(path)
     place = next((places[path[:n]] for n in range(len(path), 0, -1) if path[:n] in places), name)
     if kind == "extra_forbidden":
-        return f"{place}: unknown key {_quote(dotted)}; {hint(dotted)}"
+        return f"{place}: unknown key {_quote(dotted)}; {hint(dotted, schema)}"
     if kind == "missing":
-        field = keys().get(dotted)
+        field = keys(schema).get(dotted)
         meaning = f": {' '.join(field.description.split())}" if field is not None and field.description else ""
         return f"{place}: {_quote(dotted)} is missing{meaning}"
     if kind == "value_error":
         return f"{place}: {message.removeprefix('Value error, ')}"
-    if path and path[0] in sections() and len(path) == 1:
-        return f"{place}: {path[0]} is a section of keys, e.g. {_first_key(path[0])} (got {_quote(value)})"
+    if path and path[0] in sections(schema) and len(path) == 1:
+        return f"{place}: {path[0]} is a section of keys, e.g. {_first_key(path[0], schema)} (got {_quote(value)})"
     return f"{place}: {dotted}: {message[:1].lower()}{message[1:]} (got {_quote(value)})"
 
 
-def _first_key(section: str) -> str:
-    return next(key for key in keys() if key.startswith(f"{section}."))
+def _first_key(section: str, schema: type[Section]) -> str:
+    return next(key for key in keys(schema) if key.startswith(f"{section}."))
 
 
 def _quote(value: Any) -> str:

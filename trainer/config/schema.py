@@ -59,19 +59,60 @@ class Model(Section):
         return self
 
 
+class MixtureSegment(Section):
+    """A stretch of rows with constant weights."""
+
+    rows: Count | None = None
+    """Rows drawn with these weights before the next segment begins; only the last segment has none."""
+    weights: dict[str, NonNegativeFloat]
+    """Source name to weight; only ratios count, and a source that is not named is not drawn."""
+
+
 class Data(Section):
     """Which token store is read and how rows are made of it. A store is built with `steadfast data build`."""
 
     train: str
-    """Token store to train on."""
+    """Token store to train on. A directory, or a URL (s3://, http://, ...), which needs data.cache_dir."""
     eval: str | None = None
-    """Token store to evaluate on, built with the same tokenizer."""
+    """Token store to evaluate on, built with the same tokenizer; a directory or a URL."""
     sequence_length: Count | None = None
     """Tokens in a row; default: the length the store was built for. Another length only makes a new plan."""
+    window: Count | None = None
+    """Most tokens of one sample; default: as the store was built, or the sequence length when that is another one."""
     overlap: Count | None = None
     """Tokens that neighbouring windows of a long document share; default: as the store was built."""
+    pin_prefix: Flag | None = None
+    """Put the system prompt or instruction in front of every window of a long document; default: as the store was
+    built."""
+    long_text: Literal["windows", "truncate", "drop", "error"] | None = None
+    """What happens to a document longer than a window: cut into windows, truncated, left out, or an error; default: as
+    the store was built."""
     packing: Flag = True
     """Put several samples into one row (they cannot see each other)."""
+    mixture: Annotated[list[MixtureSegment], Field(min_length=1)] | None = None
+    """How often rows of each source are drawn: segments {rows, weights: {source: weight}} in turn (a curriculum); the
+    last has no rows. Default: every row once an epoch."""
+    shuffle_blocks: Count | None = None
+    """Blocks of neighbouring rows, each about a token shard, that are shuffled together; default: all rows of a local
+    store, 16 blocks of a store at a URL, whose shards are fetched block by block."""
+    cache_dir: str | None = None
+    """Directory on a local disk of each node for what is fetched from a URL, and for plans that a store has not."""
+    cache_gib: PositiveFloat = 32.0
+    """Most GiB of token shards in data.cache_dir."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Data:
+        for location in (self.train, self.eval):
+            if location is not None and "://" in location and self.cache_dir is None:
+                raise ValueError(
+                    f"{location} is a URL: set data.cache_dir to a directory on a local disk to fetch it into"
+                )
+        for number, segment in enumerate(self.mixture or []):
+            if (segment.rows is None) != (self.mixture is not None and number == len(self.mixture) - 1):
+                raise ValueError("data.mixture: every segment needs rows, only the last has none")
+            if not any(segment.weights.values()):
+                raise ValueError(f"data.mixture.{number}.weights: no weight is positive, so nothing would be drawn")
+        return self
 
 
 class Optimizer(Section):

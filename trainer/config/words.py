@@ -48,6 +48,13 @@ NEAR_WORDS: dict[str, str] = {
     "cutoff_len": "data.sequence_length",
     "stride": "data.overlap",
     "pack": "data.packing",
+    "truncation": "data.long_text",
+    "weights": "data.mixture",
+    "mix": "data.mixture",
+    "interleave_probs": "data.mixture",
+    "shuffle_buffer_size": "data.shuffle_blocks",
+    "cache": "data.cache_dir",
+    "cache_path": "data.cache_dir",
     "dataset": "data.train",
     "train_file": "data.train",
     "train_data": "data.train",
@@ -85,40 +92,44 @@ NOT_KEYS: dict[str, str] = {
 }
 
 
-def sections() -> dict[str, type[Section]]:
-    """The sections of a configuration by name, in order."""
+def sections(schema: type[Section] = Config) -> dict[str, type[Section]]:
+    """The sections of a document by name, in order."""
     return {
         name: field.annotation
-        for name, field in Config.model_fields.items()
+        for name, field in schema.model_fields.items()
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
     }
 
 
-def keys() -> dict[str, FieldInfo]:
-    """Every key `section.key` with its field, in order."""
-    return {
-        f"{name}.{key}": field for name, section in sections().items() for key, field in section.model_fields.items()
-    }
+def keys(schema: type[Section] = Config) -> dict[str, FieldInfo]:
+    """Every key with its field, in order: `section.key`, or `key` where it stands in no section."""
+    found: dict[str, FieldInfo] = {}
+    for name, field in schema.model_fields.items():
+        section = sections(schema).get(name)
+        found |= {name: field} if section is None else {f"{name}.{k}": f for k, f in section.model_fields.items()}
+    return found
 
 
-def hint(unknown: str) -> str:
+def hint(unknown: str, schema: type[Section] = Config) -> str:
     """What to write instead of the dotted key `unknown`: a sentence for the end of a message."""
     *prefix, last = unknown.split(".")
     word = last.strip().lower().replace("-", "_")
     if word in NOT_KEYS:
         return NOT_KEYS[word]
-    found = NEAR_WORDS.get(word) or _similar(word, prefix[0] if prefix else "")
+    near = NEAR_WORDS.get(word)
+    found = near if near in keys(schema) else _similar(word, prefix[0] if prefix else "", schema)
     if found is not None:
         return f"did you mean '{found}'?"
-    if prefix and prefix[0] in sections():
-        return f"keys of {prefix[0]}: {', '.join(sections()[prefix[0]].model_fields)}"
-    return f"sections: {', '.join(sections())}"
+    if prefix and prefix[0] in sections(schema):
+        return f"keys of {prefix[0]}: {', '.join(sections(schema)[prefix[0]].model_fields)}"
+    alone = [key for key in keys(schema) if "." not in key]
+    return f"{'keys' if alone else 'sections'}: {', '.join([*alone, *sections(schema)])}"
 
 
-def _similar(word: str, section: str) -> str | None:
+def _similar(word: str, section: str, schema: type[Section]) -> str | None:
     """The key most like `word`: of its own section first, then a section's name, then a key of any section."""
-    here = {key.partition(".")[2]: key for key in keys() if key.startswith(f"{section}.")}
-    anywhere = {key.partition(".")[2]: key for key in keys()} | {name: name for name in sections()}
+    here = {key.partition(".")[2]: key for key in keys(schema) if key.startswith(f"{section}.")}
+    anywhere = {key.rpartition(".")[2]: key for key in keys(schema)} | {name: name for name in sections(schema)}
     for names, cutoff in ((here, 0.6), (anywhere, 0.8)):
         if match := difflib.get_close_matches(word, names, n=1, cutoff=cutoff):
             return names[match[0]]

@@ -1,238 +1,285 @@
-"""Build a token store: read, template, tokenise, window, pack, write. The layout is described in `store`.
+"""Build a token store: locate inputs, encode chunks in worker processes, decide over all rows, write shards and plan.
 
-Everything is written into a directory beside OUT that is renamed when complete: whoever sees OUT sees a whole store,
-and a build that is killed leaves none. Equal input gives an equal store, to the byte.
+The layout of a store is described in `store`. Everything is written into a directory beside OUT that is renamed when
+complete: whoever sees OUT sees a whole store. Finished parts wait in a working directory (see `work`), so a build that
+was killed continues. Equal input gives an equal store, to the byte, with any number of workers.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import socket
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import xxhash
 
 from trainer.cli import VERSION
-from trainer.data.packing import RowPlan
-from trainer.data.reader import (
-    MANIFEST,
-    PLAN_ARRAYS,
-    SCHEMA_VERSION,
-    body_hash,
-    content_fingerprint,
-    default_overlap,
-    plan_name,
-)
-from trainer.data.records import Conversation, Layout, Record, detect_layout, to_record
-from trainer.data.shard_writer import ShardWriter
-from trainer.data.shards import write_arrays
-from trainer.data.sources import read_rows
-from trainer.data.templates import Encoder
-from trainer.data.tokenize import TOKENIZER_FILES, fingerprint, load_tokenizer, padding_id, template_hash
-from trainer.data.windows import check_window
-from trainer.durable import file_chunks, sha256_of_file, sync_directory, write_errors, write_file, xxh3_of_file
+from trainer.data.decide import decide, row_table
+from trainer.data.fast_tokenizer import NoTwin, Twin, TwinMismatch, verified_twin
+from trainer.data.gather import Build, plan_spec, write_stores
+from trainer.data.parts import REFUSED, Task, read_part
+from trainer.data.pool import Settings, encode_all
+from trainer.data.quality.decontaminate import EvalIndex, build_index
+from trainer.data.quality.text import text_of
+from trainer.data.reader import MANIFEST
+from trainer.data.recipe import Recipe
+from trainer.data.records import Layout, Record, detect_layout, to_record
+from trainer.data.report import SourceReport
+from trainer.data.sources import Chunk, InputFile, RawRow, chunks, locate, read_rows
+from trainer.data.tokenize import fingerprint, load_tokenizer, template_hash
+from trainer.data.work import Work
+from trainer.durable import file_chunks, sha256_of_file, sync_directory, write_errors
 from trainer.errors import CannotWriteError, DataError
 
 SHARD_TOKENS = 32 << 20
-PROGRESS_ROWS = 500
-
-
-@dataclass
-class SourceReport:
-    """Counts of one input: what was read, what was kept, and what was not and where it first happened."""
-
-    file: str
-    bytes: int
-    sha256: str
-    format: str = ""
-    rows: int = 0
-    documents: int = 0
-    tokens: int = 0
-    supervised_tokens: int = 0
-    methods: dict[str, int] = field(default_factory=dict)
-    neutralised: dict[str, int] = field(default_factory=dict)
-    unknown_tokens: int = 0
-    rows_without_answer: int = 0
-    first_without_answer: str = ""
-    rows_with_empty_answer: int = 0
-    first_empty_answer: str = ""
-    windows_dropped: int = 0
+CHUNK_BYTES = 4 << 20
+ROWS_BEFORE_SHARE = 10_000
 
 
 @dataclass(frozen=True)
-class BuildReport:
-    """What `build_store` made."""
+class Progress:
+    """How far a build is: bytes of input encoded, of how many, and the rows so far."""
 
-    path: str
-    fingerprint: str
-    documents: int
-    tokens: int
-    supervised_tokens: int
-    samples: int
+    bytes: int
+    total: int
     rows: int
-    windows_dropped: int
-    padding_share: float
-    sequence_length: int
-    overlap: int
-    sources: tuple[SourceReport, ...]
+
+
+@dataclass(frozen=True)
+class Input:
+    """One file of one source."""
+
+    source: int
+    file: InputFile
 
 
 def build_store(
-    inputs: Sequence[Path],
-    tokenizer_path: Path,
+    recipe: Recipe,
     out: Path,
-    sequence_length: int,
-    overlap: int | None = None,
-    format: str | None = None,
-    progress: Callable[[str, int], None] | None = None,
+    *,
+    workers: int | None = None,
     overwrite: bool = False,
+    progress: Callable[[Progress], None] | None = None,
     shard_tokens: int = SHARD_TOKENS,
-) -> BuildReport:
-    """Build the token store `out` from local files.
+    chunk_bytes: int = CHUNK_BYTES,
+) -> dict[str, Any]:
+    """Build the token store `out`, or one store a split below `out`, and return its report (see `gather`).
 
     Args:
-        inputs: JSON, JSON Lines or `datasets` directories; documents keep their order.
-        tokenizer_path: local directory with tokenizer and chat template; it is copied into the store.
+        recipe: what is built; decides the content together with the inputs.
         out: directory to make.
-        sequence_length: tokens in a row.
-        overlap: tokens neighbouring windows of a long document share; default an eighth of the length.
-        format: alpaca, messages or sharegpt for all inputs; None detects it for each.
-        progress: called with (file, rows read so far) now and then.
+        workers: processes that encode; default: the cores of this machine, fewer for small inputs.
         overwrite: replace an existing store.
+        progress: called after every chunk.
         shard_tokens: tokens after which a new shard file begins.
+        chunk_bytes: input that is encoded at a time.
 
     Raises:
-        UsageError, MissingInputError, DataError, CannotWriteError: with file and line where there is one.
+        UsageError, MissingInputError, DataError, CannotWriteError, RunLockedError: with file and line where there is
+            one.
     """
-    overlap = default_overlap(sequence_length) if overlap is None else overlap
-    check_window(sequence_length, overlap)
-    inputs, tokenizer_path, out = [Path(item) for item in inputs], Path(tokenizer_path), Path(out)
-    _check_target(out, overwrite)
-    tokenizer = load_tokenizer(tokenizer_path)
-    encoder = Encoder(tokenizer)
-    with _building(out, overwrite) as temporary:
-        _copy_tokenizer(tokenizer_path, tokenizer, temporary / "tokenizer")
-        writer = ShardWriter(temporary / "tokens", len(tokenizer), shard_tokens)
-        sources = [
-            _encode_source(number, path, format, encoder, writer, tokenizer.unk_token_id, progress)
-            for number, path in enumerate(inputs)
-        ]
-        writer.flush()
-        plan = writer.plan(sequence_length, overlap)
-        _count_dropped(plan, writer, sources)
-        if plan.n_rows == 0:
-            raise DataError(f"no supervised token in {sources[0].file}", "no row would train anything")
-        (temporary / "plans").mkdir()
-        write_arrays(
-            temporary / "plans" / plan_name(sequence_length, overlap, True),
-            {name: getattr(plan, name) for name in PLAN_ARRAYS},
-            {"schema": str(SCHEMA_VERSION)},
-        )
-        manifest: dict[str, Any] = {
-            "schema": SCHEMA_VERSION,
-            "steadfast": VERSION,
-            "documents": sum(source.documents for source in sources),
-            "tokens": sum(source.tokens for source in sources),
-            "supervised_tokens": sum(source.supervised_tokens for source in sources),
-            "sequence_length": sequence_length,
-            "overlap": overlap,
-            "rows": plan.n_rows,
-            "samples": plan.n_samples,
-            "windows_dropped": int(plan.dropped.sum()),
-            "padding_share": round(plan.padding_share, 6),
-            "tokenizer_fingerprint": fingerprint(tokenizer),
-            "template_sha256": template_hash(tokenizer),
-            "vocabulary_size": len(tokenizer),
-            "padding_id": padding_id(tokenizer),
-            "sources": [asdict(source) for source in sources],
-            "files": _file_entries(temporary),
-        }
-        manifest["body_sha256"] = body_hash(manifest)
-        write_file(temporary / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
-    return BuildReport(
-        path=str(out),
-        fingerprint=content_fingerprint(manifest),
-        sources=tuple(sources),
-        **{name: manifest[name] for name in BuildReport.__dataclass_fields__ if name in manifest and name != "sources"},
-    )
+    check_target(out, overwrite)
+    plan_spec(recipe).check()
+    tokenizer = load_tokenizer(Path(recipe.tokenizer))
+    evaluation = _evaluation(recipe)
+    identity = {
+        "version": VERSION,
+        "tokenizer": fingerprint(tokenizer),
+        "template": template_hash(tokenizer),
+        "recipe": recipe.model_dump(mode="json", exclude={"rows", "windows", "limits", "balance"}),
+        "evaluation": None if evaluation is None else xxhash.xxh3_128_hexdigest(evaluation.hashes.tobytes()),
+        "chunk_bytes": chunk_bytes,
+    }
+    work = Work(out, identity)
+    try:
+        inputs = _located(recipe, work.spool)
+        with ThreadPoolExecutor(1) as hasher:
+            digests = [hasher.submit(_measure, entry.file.path) for entry in inputs]
+            try:
+                names, sources = _encode(recipe, evaluation, tokenizer, inputs, work, workers, chunk_bytes, progress)
+                measured = [_described(entry, digest) for entry, digest in zip(inputs, digests, strict=True)]
+            except BaseException:
+                hasher.shutdown(wait=False, cancel_futures=True)
+                raise
+        _check_rows(recipe, sources)
+        parts = [read_part(work.parts / name) for name in names]
+        table = row_table(parts)
+        decision = decide(table, parts, recipe, work.path)
+        with _building(out, overwrite) as temporary:
+            build = Build(recipe, tokenizer, measured, sources, parts, table, decision, shard_tokens)
+            report = write_stores(temporary, build)
+    except BaseException:
+        if kept := work.leave():
+            sys.stderr.write(
+                f"note: {kept} finished parts are kept in {work.path}: the same build continues from them\n"
+            )
+        raise
+    work.remove()
+    return {**report, "path": str(out)}
 
 
-def _encode_source(
-    number: int,
-    path: Path,
-    format: str | None,
-    encoder: Encoder,
-    writer: ShardWriter,
-    unknown_id: int | None,
-    progress: Callable[[str, int], None] | None,
-) -> SourceReport:
-    """Read one input into the writer.
+def check_target(out: Path, overwrite: bool) -> None:
+    """CannotWriteError when `out` is taken, by a store that is not to be replaced or by something else."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not out.is_dir() or not any(out.rglob(MANIFEST)):
+        raise CannotWriteError(f"{out} exists and is no token store", "choose another -o")
+    if not overwrite:
+        raise CannotWriteError(f"{out} is already a token store", "choose another -o, or replace it with --overwrite")
 
-    Raises:
-        DataError: a bad row, or an input in which nothing is supervised.
-    """
-    report: SourceReport | None = None
-    layout = Layout("", {})
-    first_place = ""
+
+def _located(recipe: Recipe, spool: Path) -> list[Input]:
+    return [
+        Input(number, file) for number, source in enumerate(recipe.sources) for file in locate(source.patterns, spool)
+    ]
+
+
+def _evaluation(recipe: Recipe) -> EvalIndex | None:
+    """The n-grams of the evaluation files, if any are given."""
+    if not recipe.decontaminate.against:
+        return None
+    return build_index(text_of(record) for path in recipe.decontaminate.against for record in _records(Path(path)))
+
+
+def _records(path: Path) -> Iterator[Record]:
+    layout: Layout | None = None
     for row in read_rows(path):
-        if report is None:
-            size, digest = _measure(path)
-            layout = detect_layout(row, None, format)
-            report = SourceReport(file=str(path), bytes=size, sha256=digest, format=layout.format)
-            first_place = row.place
-        record = to_record(row, layout)
-        report.rows += 1
-        if progress and report.rows % PROGRESS_ROWS == 0:
-            progress(report.file, report.rows)
-        if not _has_answer(record, report):
-            continue
-        for document in encoder.encode(record):
-            if not document.spans:
-                continue
-            writer.add(document, number, row.line)
-            report.documents += 1
-            report.tokens += len(document.ids)
-            report.supervised_tokens += document.supervised
-            report.methods[document.method] = report.methods.get(document.method, 0) + 1
-            for text in document.neutralised:
-                report.neutralised[text] = report.neutralised.get(text, 0) + 1
-            if unknown_id is not None:
-                report.unknown_tokens += int(np.count_nonzero(document.ids == unknown_id))
-    if report is None:
-        raise DataError(f"{path} has no rows", "give a file with at least one row, or leave it out")
-    if report.supervised_tokens == 0:
-        raise DataError(
-            f"{first_place}: no supervised token in {report.rows} rows of {path}",
-            "no row has a non-empty assistant turn: check the roles, or say the format with --format",
+        layout = layout or detect_layout(row)
+        yield to_record(row, layout)
+
+
+def _encode(
+    recipe: Recipe,
+    evaluation: EvalIndex | None,
+    tokenizer: Any,
+    inputs: Sequence[Input],
+    work: Work,
+    workers: int | None,
+    chunk_bytes: int,
+    progress: Callable[[Progress], None] | None,
+) -> tuple[list[str], list[SourceReport]]:
+    """Make all parts; returns their names in order and the counts of every source."""
+    total = sum(entry.file.bytes for entry in inputs)
+    if workers is None:
+        workers = max(1, min(len(os.sched_getaffinity(0)), total // (2 * chunk_bytes)))
+    sources = [
+        SourceReport(name=name, files=[entry.file.name for entry in inputs if entry.source == number])
+        for number, name in enumerate(source_names(recipe))
+    ]
+    names: list[str] = []
+    done = 0
+
+    def tasks() -> Iterator[Task]:
+        number = 0
+        for index, entry in enumerate(inputs):
+            source, report = recipe.sources[entry.source], sources[entry.source]
+            layout, pieces = _with_layout(entry.file, chunks(entry.file, chunk_bytes, source.documents), source)
+            known = {layout.format, *filter(None, report.format.split(" + "))}
+            report.format, report.mapping = " + ".join(sorted(known)), report.mapping | layout.mapping
+            report.bytes += entry.file.bytes
+            for chunk in pieces:
+                yield Task(number, entry.source, index, layout, chunk)
+                number += 1
+
+    twin = verified_twin(tokenizer, Path(recipe.tokenizer))
+    if isinstance(twin, NoTwin):
+        sys.stderr.write(f"note: {twin}\n")
+    for fast in (True, False) if isinstance(twin, Twin) else (False,):
+        try:
+            for task, counts in encode_all(tasks(), Settings(recipe, evaluation, fast), tokenizer, work, workers):
+                sources[task.source].merge(counts)
+                _check_budget(recipe, sources, at_end=False)
+                names.append(task.name)
+                done += task.chunk.size
+                if progress:
+                    progress(Progress(min(done, total), total, sum(source.rows for source in sources)))
+            break
+        except TwinMismatch as mismatch:
+            sys.stderr.write(f"note: {mismatch}; starting again with transformers\n")
+            work.forget_parts()
+            names.clear()
+            done = 0
+            sources[:] = [SourceReport(name=source.name, files=source.files) for source in sources]
+    _check_budget(recipe, sources, at_end=True)
+    work.keep_only(names)
+    return names, sources
+
+
+def _with_layout(file: InputFile, pieces: Iterator[Chunk], source: Any) -> tuple[Layout, Iterator[Chunk]]:
+    """The layout of a file by its first readable row, and its chunks from the beginning."""
+    seen: list[Chunk] = []
+    for chunk in pieces:
+        seen.append(chunk)
+        for row in chunk.rows():
+            if isinstance(row, RawRow):
+                return detect_layout(row, source.map, source.format), chain(seen, pieces)
+    bad = next((row for chunk in seen for row in chunk.rows()), None)
+    if bad is None:
+        raise DataError(f"{file.name} has no rows", "give a file with at least one row, or leave it out")
+    raise bad.error()  # type: ignore[union-attr]
+
+
+def source_names(recipe: Recipe) -> list[str]:
+    """A name for every source: its own, else that of its first file without endings; made unique by a number."""
+    names: list[str] = []
+    for source in recipe.sources:
+        stem = source.name or Path(source.patterns[0].rstrip("/")).name.split(".")[0].strip("*?[]") or "source"
+        count = sum(name == stem or name.startswith(f"{stem}-") for name in names)
+        names.append(f"{stem}-{count + 1}" if count else stem)
+    return names
+
+
+def _check_budget(recipe: Recipe, sources: Sequence[SourceReport], *, at_end: bool) -> None:
+    """DataError when more rows were refused than the recipe allows."""
+    budget = recipe.bad_rows.budget
+    bad = sum(source.left_out.counts.get(reason, 0) for source in sources for reason in REFUSED)
+    rows = sum(source.rows for source in sources)
+    allowed = budget if budget >= 1 else budget * rows
+    if bad > allowed and (at_end or budget >= 1 or rows >= ROWS_BEFORE_SHARE):
+        first = next(
+            source.left_out.first[reason] for source in sources for reason in REFUSED if reason in source.left_out.first
         )
-    return report
+        raise DataError(
+            f"{bad:,} of {rows:,} rows are bad, more than bad_rows.budget={budget:g} allows; the first is {first}",
+            "repair the input, or raise the budget",
+        )
 
 
-def _has_answer(record: Record, report: SourceReport) -> bool:
-    """Count rows that would teach nothing, or teach silence."""
-    answers = not isinstance(record, Conversation) or any(item["role"] == "assistant" for item in record.messages)
-    if not answers:
-        report.rows_without_answer += 1
-        report.first_without_answer = report.first_without_answer or record.place
-        return False
-    if record.empty_answer:
-        report.rows_with_empty_answer += 1
-        report.first_empty_answer = report.first_empty_answer or record.place
-        return False
-    return True
+def _check_rows(recipe: Recipe, sources: Sequence[SourceReport]) -> None:
+    """DataError when too many rows of a source teach nothing."""
+    for source in sources:
+        without = {name: count for name, count in source.left_out.counts.items() if name.startswith("rows ")}
+        share = sum(without.values()) / max(source.rows, 1)
+        if share > recipe.limits.max_without_answer:
+            place = next(source.left_out.first[name] for name in without)
+            raise DataError(
+                f"source {source.name}: {share:.1%} of the rows train nothing, more than limits.max_without_answer="
+                f"{recipe.limits.max_without_answer:g}; the first is {place}",
+                "repair the input, or raise the limit",
+            )
 
 
-def _count_dropped(plan: RowPlan, writer: ShardWriter, sources: Sequence[SourceReport]) -> None:
-    per_source = np.bincount(np.array(writer.sources, dtype=np.int64), weights=plan.dropped, minlength=len(sources))
-    for source, dropped in zip(sources, per_source, strict=True):
-        source.windows_dropped = int(dropped)
+def _described(entry: Input, digest: Future[tuple[int, str]]) -> dict[str, Any]:
+    """What the manifest says of an input; DataError when it changed while it was read."""
+    size, sha256 = digest.result()
+    if entry.file.path.is_file() and entry.file.path.stat().st_size != size:
+        raise DataError(f"{entry.file.name} changed while it was read", "build again when it is complete")
+    return {
+        "name": entry.file.name,
+        "source": entry.source,
+        "container": entry.file.container,
+        "bytes": size,
+        "sha256": sha256,
+    }
 
 
 def _measure(path: Path) -> tuple[int, str]:
@@ -248,43 +295,6 @@ def _measure(path: Path) -> tuple[int, str]:
     return size, digest.hexdigest()
 
 
-def _file_entries(directory: Path) -> list[dict[str, Any]]:
-    files = sorted(item for item in directory.rglob("*") if item.is_file())
-    return [
-        {
-            "name": file.relative_to(directory).as_posix(),
-            "bytes": file.stat().st_size,
-            "xxh3": xxh3_of_file(file),
-            "sha256": sha256_of_file(file),
-        }
-        for file in files
-    ]
-
-
-def _copy_tokenizer(source: Path, tokenizer: Any, target: Path) -> None:
-    """Copy the tokenizer's files and check that the copy behaves like the original."""
-    with write_errors(target):
-        target.mkdir()
-        for name in TOKENIZER_FILES:
-            if (source / name).is_file():
-                write_file(target / name, (source / name).read_bytes())
-    copy = load_tokenizer(target)
-    if fingerprint(copy) != fingerprint(tokenizer) or template_hash(copy) != template_hash(tokenizer):
-        raise DataError(
-            f"the tokenizer in {source} needs files beyond {', '.join(TOKENIZER_FILES[:4])}, ...",
-            "save it again with tokenizer.save_pretrained(...)",
-        )
-
-
-def _check_target(out: Path, overwrite: bool) -> None:
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not (out / MANIFEST).is_file():
-        raise CannotWriteError(f"{out} exists and is no token store", "choose another -o")
-    if not overwrite:
-        raise CannotWriteError(f"{out} is already a token store", "choose another -o, or replace it with --overwrite")
-
-
 @contextmanager
 def _building(out: Path, overwrite: bool) -> Iterator[Path]:
     """A fresh directory beside `out` that becomes `out` when the block ends well, and goes away when it does not."""
@@ -297,9 +307,10 @@ def _building(out: Path, overwrite: bool) -> Iterator[Path]:
     try:
         yield temporary
         with write_errors(out):
-            _check_target(out, overwrite)
-            for directory in (temporary / "tokens", temporary / "plans", temporary / "tokenizer", temporary):
+            check_target(out, overwrite)
+            for directory in [item for item in temporary.rglob("*") if item.is_dir()]:
                 sync_directory(directory)
+            sync_directory(temporary)
             old = out.parent / f".{out.name}.{host}.{os.getpid()}.old"
             if out.exists() and any(out.iterdir()):
                 out.rename(old)

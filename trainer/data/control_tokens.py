@@ -11,9 +11,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
+from xxhash import xxh3_64_intdigest
+
+from trainer.data.fast_tokenizer import Twin, TwinMismatch
 from trainer.errors import DataError
 
 # Plane 15 private use: in no training text by accident; data that has them is refused. A template may escape them.
@@ -21,7 +25,14 @@ _OPEN, _CLOSE = "\U000f8ad0", "\U000f8ad1"
 _ESCAPED_OPEN, _ESCAPED_CLOSE = (json.dumps(mark)[1:-1] for mark in (_OPEN, _CLOSE))
 _OPENS = f"(?:{_OPEN}|{re.escape(_ESCAPED_OPEN)})"
 _CLOSES = f"(?:{_CLOSE}|{re.escape(_ESCAPED_CLOSE)})"
+# One of these is in every text that has a mark (in an escaped one, the first half of its surrogate pair).
+_SIGNS = (_OPEN, _CLOSE, _ESCAPED_OPEN[:6])
 _MARKS = re.compile(f"{_OPENS}((?:(?!{_OPENS}|{_CLOSES}).)*){_CLOSES}|{_OPENS}|{_CLOSES}", re.DOTALL)
+
+# Of the pieces that the twin encodes, the tokenizer encodes one in so many too, chosen by their hash, and the first
+# ones after every `check_again`.
+CHECKED_SHARE = 64
+CHECKED_FIRST = 200
 
 
 class TextEncoder:
@@ -30,11 +41,12 @@ class TextEncoder:
     Args:
         tokenizer: a transformers tokenizer with a `tokenizers` backend; without a chat template only special tokens are
             control tokens.
+        twin: encodes faster; what it gives is compared with the tokenizer on a share of the texts.
 
     `contents` are the texts of all control tokens, `stop_ids` the special ones among them, which can end a turn.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, twin: Twin | None = None) -> None:
         from tokenizers import Tokenizer
 
         templates = tokenizer.chat_template or ""
@@ -65,6 +77,8 @@ class TextEncoder:
         others = [token for token in definition["added_tokens"] if int(token["id"]) not in self._control_ids]
         self._plain_definition = definition | {"added_tokens": others}
         self._plain: Any = None
+        self._twin = twin
+        self.check_again()
         # SentencePiece-like tokenizers put a space before the first word of whatever they are given. A piece from the
         # middle of a conversation is then encoded after a newline, whose ids are cut off again.
         self._newline = _ids(self._whole, "\n")
@@ -74,9 +88,10 @@ class TextEncoder:
         """`value` with every control-token text in its strings (keys too) enclosed in marks and added to `found`.
 
         Raises:
-            DataError: the data contains the marks themselves.
+            DataError: the data contains the marks themselves, or half a surrogate pair.
         """
         if isinstance(value, str):
+            _check_characters(value, f"{place}: ")
             if _OPEN in value or _CLOSE in value:
                 raise DataError(
                     f"{place}: the private-use character U+F8AD0 or U+F8AD1",
@@ -95,15 +110,38 @@ class TextEncoder:
         """Ids of rendered text with marks; `first` when it begins the conversation.
 
         Raises:
-            DataError: the tokenizer cannot write a control token's text as plain text.
+            DataError: the tokenizer cannot write a control token's text as plain text, or the text has half a
+                surrogate pair.
+            TwinMismatch: the twin is none.
         """
+        _check_characters(text)
+        if not any(sign in text for sign in _SIGNS):
+            return self._encode_piece(self._ids_of, text, first=first) if text else []
         ids: list[int] = []
         for piece, literal in _pieces(text):
             if literal:
                 ids += self._encode_literal(piece, first=first)
             else:
-                ids += self._encode_piece(self._whole, piece, first=first)
+                ids += self._encode_piece(self._ids_of, piece, first=first)
             first = False
+        return ids
+
+    def check_again(self) -> None:
+        """Compare the next pieces with the tokenizer, every one: call it where a new piece of input begins.
+
+        What is compared then depends on the input alone, never on which process encodes how much of it.
+        """
+        self._unchecked = CHECKED_FIRST
+
+    def _ids_of(self, text: str) -> list[int]:
+        """Ids of text without marks, by the twin where there is one."""
+        ids = None if self._twin is None else self._twin.encode(text)
+        if self._twin is None or ids is None:
+            return _ids(self._whole, text)
+        if self._unchecked > 0 or xxh3_64_intdigest(text.encode()) % CHECKED_SHARE == 0:
+            self._unchecked -= 1
+            if ids != _ids(self._whole, text):
+                raise TwinMismatch(text, self._twin.name)
         return ids
 
     def _mark_text(self, text: str) -> tuple[str, list[str]]:
@@ -135,13 +173,13 @@ class TextEncoder:
             text = text[: len(text) - len(stripped)] + _CLOSE + stripped
         return text
 
-    def _encode_piece(self, backend: Any, text: str, *, first: bool) -> list[int]:
+    def _encode_piece(self, ids_of: Callable[[str], list[int]], text: str, *, first: bool) -> list[int]:
         if first or not self._needs_anchor:
-            return _ids(backend, text)
-        anchored = _ids(backend, "\n" + text)
+            return ids_of(text)
+        anchored = ids_of("\n" + text)
         if anchored[: len(self._newline)] == self._newline:
             return anchored[len(self._newline) :]
-        return _ids(backend, text)
+        return ids_of(text)
 
     def _encode_literal(self, text: str, *, first: bool) -> list[int]:
         """Ids of control-token text as plain text."""
@@ -149,13 +187,14 @@ class TextEncoder:
             from tokenizers import Tokenizer
 
             self._plain = Tokenizer.from_str(json.dumps(self._plain_definition))
-        ids = self._encode_piece(self._plain, text, first=first)
+        plain_ids = partial(_ids, self._plain)
+        ids = self._encode_piece(plain_ids, text, first=first)
         if self._control_ids.isdisjoint(ids):
             return ids
         # The model itself knows the whole text as one piece: encode its characters one by one.
         ids = []
         for character in text:
-            ids += self._encode_piece(self._plain, character, first=first)
+            ids += self._encode_piece(plain_ids, character, first=first)
             first = False
         if self._control_ids.isdisjoint(ids):
             return ids
@@ -165,6 +204,15 @@ class TextEncoder:
 def _ids(backend: Any, text: str) -> list[int]:
     ids: list[int] = backend.encode(text, add_special_tokens=False).ids
     return ids
+
+
+def _check_characters(text: str, place: str = "") -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{place}half a surrogate pair, U+{ord(text[error.start]):04X}", "write the whole character, or remove it"
+        ) from error
 
 
 def _pieces(text: str) -> Iterator[tuple[str, bool]]:

@@ -5,10 +5,15 @@ Its rows are dealt out micro-batch by micro-batch over the ranks; where ranks x 
 global batch, the slots left over are empty rows without targets, so every rank runs the same number of micro-batches
 and the sum over all ranks is the same global batch. Every rank can count the supervised tokens of the whole step from
 the plan, so the divisor of the loss needs no communication.
+
+One thread of each rank assembles the next steps while the model computes. The position counts only the steps that were
+handed out, so a state never runs ahead of training.
 """
 
 from __future__ import annotations
 
+import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,11 +21,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.config.deepspeed import micro_batches
-from trainer.data.order import rows_at
+from trainer.data.order import Order
 from trainer.data.packing import RowPlan
 from trainer.data.reader import TokenStore
 from trainer.errors import DataError
 
+STEPS_AHEAD = 2
+ROWS_ORDERED_AT_ONCE = 1024
+CLOSE_SECONDS = 10.0
 # The target of a position that predicts nothing; torch's losses ignore it by default.
 IGNORED = -100
 LENGTH_MULTIPLE = 16
@@ -58,12 +66,12 @@ class StepBatch:
 
 
 class Feed:
-    """An endless sequence of steps for one rank.
+    """An endless sequence of steps for one rank. Close it: a thread works ahead.
 
     Args:
         store: where the tokens are.
         plan: which samples make which row.
-        seed: key of the order.
+        order: which row comes at which position.
         global_batch_size: rows of a step over all ranks.
         micro_batch_size: rows a rank processes at once.
         rank: this process, 0 to world_size - 1.
@@ -78,39 +86,43 @@ class Feed:
         store: TokenStore,
         plan: RowPlan,
         *,
-        seed: int,
+        order: Order,
         global_batch_size: int,
         micro_batch_size: int,
         rank: int,
         world_size: int,
     ) -> None:
         if plan.n_rows == 0:
-            raise DataError(f"{store.path} has no row to train on", "see steadfast data inspect")
+            raise DataError(f"{store.location} has no row to train on", "see steadfast data inspect")
         if min(global_batch_size, micro_batch_size, world_size) < 1 or not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} of {world_size}, batches {global_batch_size} and {micro_batch_size}")
         self._store = store
         self._plan = plan
-        self._seed = seed
+        self._order = order
         self._global_batch_size = global_batch_size
         self._micro_batch_size = micro_batch_size
         self._rank = rank
         self._world_size = world_size
         self._position = 0
+        self._ahead: _Ahead | None = None
 
     def next_step(self) -> StepBatch:
-        """The next step; moves the position by one global batch."""
-        position, plan = self._position, self._plan
-        rows = rows_at(np.arange(position, position + self._global_batch_size), plan.n_rows, self._seed)
-        batch = StepBatch(
-            position=position,
-            epoch=position // plan.n_rows,
-            rows=rows,
-            supervised_tokens=int(plan.supervised[rows].sum()),
-            tokens=int(plan.tokens[rows].sum()),
-            micro_batches=tuple(self._micro_batches(rows)),
-        )
+        """The next step; moves the position by one global batch.
+
+        Raises whatever went wrong while it was assembled: DataError for a damaged shard, MissingInputError for one
+        that cannot be fetched, and so on.
+        """
+        if self._ahead is None:
+            self._ahead = _Ahead(self._steps(self._position))
+        batch = self._ahead.take()
         self._position += self._global_batch_size
         return batch
+
+    def close(self) -> None:
+        """End the thread; the position stays, and the next step begins anew."""
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
 
     def state_dict(self) -> dict[str, int]:
         """The whole state: rows consumed by the steps handed out so far."""
@@ -118,15 +130,89 @@ class Feed:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue at a saved position, with any number of ranks."""
+        self.close()
         self._position = int(state["position"])
 
     def samples_of_step(self, batch: StepBatch) -> list[list[int]]:
         """Sample numbers of every row of the global batch, for the step ledger."""
         return [self._plan.samples_of(int(row)).tolist() for row in batch.rows]
 
-    def _micro_batches(self, rows: NDArray[np.int64]) -> Iterator[MicroBatch]:
-        for mine in _deal(rows, self._micro_batch_size, self._rank, self._world_size):
-            yield make_micro_batch(self._store, self._plan, mine)
+    def _steps(self, position: int) -> Iterator[StepBatch]:
+        size = self._global_batch_size
+        # The order costs about as much for a thousand positions as for one.
+        count = max(1, ROWS_ORDERED_AT_ONCE // size)
+        while True:
+            for rows in self._order.rows_at(np.arange(position, position + count * size)).reshape(count, size):
+                yield self._step(position, rows)
+                position += size
+
+    def _step(self, position: int, rows: NDArray[np.int64]) -> StepBatch:
+        plan = self._plan
+        if self._store.is_remote:
+            self._expect(position, rows)
+        dealt = _deal(rows, self._micro_batch_size, self._rank, self._world_size)
+        return StepBatch(
+            position=position,
+            epoch=position // self._order.n_rows,
+            rows=rows,
+            supervised_tokens=int(plan.supervised[rows].sum()),
+            tokens=int(plan.tokens[rows].sum()),
+            micro_batches=tuple(make_micro_batch(self._store, plan, mine) for mine in dealt),
+        )
+
+    def _expect(self, position: int, rows: NDArray[np.int64]) -> None:
+        """Have the shards of the whole global batch fetched, not only this rank's: one process fetches for a node."""
+        plan = self._plan
+        near = [
+            (int(plan.document[plan.samples_of(first)[0]]), int(plan.document[plan.samples_of(last)[-1]]))
+            for first, last in self._order.ranges_near(position)
+        ]
+        samples = np.concatenate([plan.samples_of(int(row)) for row in rows])
+        self._store.expect(plan.document[samples], near)
+
+
+class _Ahead:
+    """Takes items from an iterator in a thread, STEPS_AHEAD before they are asked for."""
+
+    def __init__(self, items: Iterator[StepBatch]) -> None:
+        self._items = items
+        self._changed = threading.Condition()
+        self._ready: deque[StepBatch] = deque()
+        self._error: BaseException | None = None
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="feed", daemon=True)
+        self._thread.start()
+
+    def take(self) -> StepBatch:
+        """The next item; an error comes where its item would have come."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._ready or self._error is not None)
+            if not self._ready and self._error is not None:
+                raise self._error
+            item = self._ready.popleft()
+            self._changed.notify_all()
+            return item
+
+    def close(self) -> None:
+        """End the thread after the item in work; one that waits for a fetch is left behind."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join(CLOSE_SECONDS)
+
+    def _run(self) -> None:
+        try:
+            for item in self._items:
+                with self._changed:
+                    self._ready.append(item)
+                    self._changed.notify_all()
+                    self._changed.wait_for(lambda: self._closed or len(self._ready) < STEPS_AHEAD)
+                    if self._closed:
+                        return
+        except BaseException as error:
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
 
 
 def evaluation_batches(
@@ -158,7 +244,7 @@ def make_micro_batch(store: TokenStore, plan: RowPlan, rows: Sequence[int] | NDA
     multiple of 16 and never beyond the sequence length.
     """
     length = plan.sequence_length
-    if not plan.packing:
+    if not plan.spec.packing:
         longest = max((int(plan.tokens[row]) for row in rows if row != EMPTY_ROW), default=1)
         length = min(-(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, length)
     shape = (len(rows), length)
@@ -184,17 +270,18 @@ def _write_sample(
     position_ids: NDArray[np.int64],
 ) -> int:
     """Write one sample at the beginning of the given views; returns its length."""
-    start, stop = int(plan.start[sample]), int(plan.stop[sample])
-    first = int(plan.first_target[sample])
+    start, stop, first, head = (int(column[sample]) for column in (plan.start, plan.stop, plan.first_target, plan.head))
     ids, spans = store.document(int(plan.document[sample]))
-    size = stop - start
-    input_ids[:size] = ids[start:stop]
+    size = head + stop - start
+    input_ids[:head] = ids[:head]
+    input_ids[head:size] = ids[start:stop]
     position_ids[:size] = np.arange(size)
+    shift = head - start - 1
     # Spans are sorted: begin with the first that ends after `first`.
     for begin, end in spans[int(np.searchsorted(spans[:, 1], first, side="right")) :].tolist():
         if begin >= stop:
             break
         low, high = max(begin, first), min(end, stop)
         # Document position t is predicted from position t - 1.
-        targets[low - 1 - start : high - 1 - start] = ids[low:high]
+        targets[low + shift : high + shift] = ids[low:high]
     return size

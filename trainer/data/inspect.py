@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
-from trainer.data.packing import RowPlan
+from trainer.data.packing import RowPlan, window_of
+from trainer.data.quality.card import MaskPart
 from trainer.data.reader import TokenStore
 from trainer.data.tokenize import load_tokenizer
 from trainer.errors import UsageError
@@ -21,7 +23,7 @@ def inspect_rows(store: TokenStore, first: int, count: int) -> list[dict[str, An
     """Rows `first` to `first + count` of the stored plan, decoded.
 
     Each row is {row, tokens, supervised_tokens, padding, samples}; each sample {sample, document, place, start, stop,
-    ids, spans, text, parts}. `spans` are target positions relative to the sample, `parts` its text in order as
+    head, ids, spans, text, parts}. `spans` are target positions relative to the sample, `parts` its text in order as
     {text, supervised}.
 
     Raises:
@@ -48,23 +50,22 @@ def _row(store: TokenStore, plan: RowPlan, tokenizer: Any, row: int) -> dict[str
 
 
 def _sample(store: TokenStore, plan: RowPlan, tokenizer: Any, sample: int) -> dict[str, Any]:
-    document, start, stop, first = (
-        int(column[sample]) for column in (plan.document, plan.start, plan.stop, plan.first_target)
-    )
-    ids, spans = store.document(document)
+    window = window_of(plan, sample)
+    start, stop, first, head = window.start, window.stop, window.first_target, window.head
+    ids, spans = store.document(window.document)
     targets = [
-        (max(int(begin), first) - start, min(int(end), stop) - start)
+        (max(int(begin), first) - start + head, min(int(end), stop) - start + head)
         for begin, end in spans
         if max(int(begin), first) < min(int(end), stop)
     ]
-    view = ids[start:stop].astype(np.int64).tolist()
-    parts = list(_parts(tokenizer, view, targets))
+    view = np.concatenate([ids[:head], ids[start:stop]]).astype(np.int64).tolist()
+    parts = list(decoded_parts(tokenizer, view, targets))
     return {
         "sample": sample,
-        "document": document,
-        "place": store.place(document),
-        "start": start,
-        "stop": stop,
+        "document": window.document,
+        "source": store.source_of(window.document),
+        "place": store.place(window.document),
+        "window": {name: value for name, value in asdict(window).items() if name != "document"},
         "ids": view,
         "spans": targets,
         "text": "".join(part["text"] for part in parts),
@@ -72,7 +73,8 @@ def _sample(store: TokenStore, plan: RowPlan, tokenizer: Any, sample: int) -> di
     }
 
 
-def _parts(tokenizer: Any, ids: list[int], spans: Sequence[tuple[int, int]]) -> Iterator[dict[str, Any]]:
+def decoded_parts(tokenizer: Any, ids: list[int], spans: Sequence[tuple[int, int]]) -> Iterator[MaskPart]:
+    """The text of `ids` in order, cut where supervised `spans` begin and end."""
     last = 0
     for start, stop in [*spans, (len(ids), len(ids))]:
         for begin, end, supervised in ((last, start, False), (start, stop, True)):
@@ -126,34 +128,7 @@ def row_title(row: Mapping[str, Any]) -> str:
 
 def sample_title(sample: Mapping[str, Any]) -> str:
     """One line about a sample: where it comes from, and which part of its document it is when it is a part."""
-    return f"-- {sample['place']} tokens {sample['start']} to {sample['stop']}"
-
-
-def source_lines(sources: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The mask report, some lines per source."""
-    lines = []
-    for source in sources:
-        share = source["supervised_tokens"] / max(source["tokens"], 1)
-        methods = ", ".join(f"{count:,} by {name}" for name, count in source["methods"].items())
-        lines += [
-            f"{source['file']}",
-            f"  format     {source['format']}, {source['rows']:,} rows -> {source['documents']:,} documents",
-            f"  tokens     {source['tokens']:,}, of them supervised {source['supervised_tokens']:,} ({share:.1%})",
-            f"  loss mask  {methods}",
-        ]
-        neutralised = ", ".join(f"{count} {text}" for text, count in source["neutralised"].items())
-        notes = (
-            (sum(source["neutralised"].values()), f"control-token texts kept as plain text: {neutralised}"),
-            (source["unknown_tokens"], "unknown tokens: the tokenizer cannot write some of this text"),
-            (source["windows_dropped"], "windows without a target dropped"),
-            (
-                source["rows_without_answer"],
-                f"rows without an assistant turn left out, first {source['first_without_answer']}",
-            ),
-            (
-                source["rows_with_empty_answer"],
-                f"rows with an empty answer left out, first {source['first_empty_answer']}",
-            ),
-        )
-        lines += [f"  note       {count:,} {what}" for count, what in notes if count]
-    return lines
+    window = sample["window"]
+    part = f", window {window['index'] + 1} of {window['of']}" if window["of"] > 1 else ""
+    head = f" after a pinned head of {window['head']}" if window["head"] else ""
+    return f"-- {sample['place']} tokens {window['start']} to {window['stop']}{part}{head}"

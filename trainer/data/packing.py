@@ -7,15 +7,62 @@ set, but needs no sort, keeps the order of the input (rows are not ordered by le
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.windows import count_targets, cut_documents, lengths_of
-from trainer.errors import DataError
+from trainer.data.windows import SAMPLE_COLUMNS, Samples, check_window, count_targets, cut_documents, lengths_of
+from trainer.errors import DataError, UsageError
 
 OPEN_ROWS = 64
+_PACKED_AT_ONCE = 1 << 16
+
+LongText = Literal["windows", "truncate", "drop", "error"]
+
+
+@dataclass(frozen=True)
+class PlanSpec:
+    """How documents become rows; equal specs of equal documents are equal plans.
+
+    `window` is the most tokens of one sample, `long_text` what happens to a longer document: it is cut into
+    `windows` that share `overlap` tokens (with `pin_prefix` each begins with the document's head), its end is
+    `truncate`d, it is `drop`ped, or it is an `error`. With `by_source` no row holds documents of two sources.
+    """
+
+    sequence_length: int
+    window: int
+    overlap: int
+    pin_prefix: bool = False
+    long_text: LongText = "windows"
+    packing: bool = True
+    by_source: bool = False
+
+    def check(self) -> PlanSpec:
+        """This spec; UsageError when it cannot be used."""
+        check_window(self.window, self.overlap)
+        if self.window > self.sequence_length:
+            raise UsageError(
+                f"a window of {self.window} tokens does not fit a row of {self.sequence_length}",
+                f"give a window of at most {self.sequence_length}, or a longer sequence length",
+            )
+        return self
+
+    @property
+    def name(self) -> str:
+        """Every setting in a file name."""
+        return (
+            f"plan-{self.sequence_length}-{self.window}-{self.overlap}-{self.long_text}"
+            f"{'-pinned' if self.pin_prefix else ''}-{'packed' if self.packing else 'single'}"
+            f"{'-by-source' if self.by_source else ''}"
+        )
+
+
+def default_overlap(window: int) -> int:
+    """An eighth of the window, at least 1."""
+    return max(1, window // 8)
 
 
 def pack(lengths: NDArray[np.int64], capacity: int, open_rows: int = OPEN_ROWS) -> NDArray[np.int64]:
@@ -31,53 +78,65 @@ def pack(lengths: NDArray[np.int64], capacity: int, open_rows: int = OPEN_ROWS) 
         raise DataError(
             f"a sample of {int(lengths.max())} tokens does not fit a row of {capacity}", "cut windows first"
         )
-    rows = [0] * len(lengths)
-    # An open row is one integer: free tokens in the high bits, row number in the low ones; sorted by free tokens.
-    # (Of rows with the same room the oldest is taken.)
-    shift = 40
-    low = (1 << shift) - 1
+    rows = np.empty(len(lengths), dtype=np.int64)
+    # An open row is one small integer: free tokens in the high bits, its slot in the low ones; sorted by free tokens.
+    # (Small: integers beyond 30 bits compare at half the speed.)
+    bits = max(open_rows - 1, 1).bit_length()
+    slots = (1 << bits) - 1
     opened: list[int] = []
+    row_in_slot = [0] * open_rows
+    unused = list(range(open_rows))
     count = 0
-    for sample, length in enumerate(lengths.tolist()):
-        at = bisect_left(opened, length << shift)
-        if at < len(opened):
-            key = opened.pop(at)
-            row = key & low
-            free = (key >> shift) - length
-        else:
-            row = count
-            count += 1
-            free = capacity - length
-            if len(opened) >= open_rows:
-                del opened[0]
-        rows[sample] = row
-        if free:
-            insort(opened, (free << shift) | row)
-    return np.array(rows, dtype=np.int64)
+    # In pieces: a Python integer for every sample of a large set would need gigabytes.
+    for begin in range(0, len(lengths), _PACKED_AT_ONCE):
+        found: list[int] = []
+        for need in (lengths[begin : begin + _PACKED_AT_ONCE] << bits).tolist():
+            at = bisect_left(opened, need)
+            if at < len(opened):
+                left = opened.pop(at) - need
+                found.append(row_in_slot[left & slots])
+            else:
+                slot = unused.pop() if unused else opened.pop(0) & slots
+                row_in_slot[slot] = count
+                found.append(count)
+                count += 1
+                left = (capacity << bits | slot) - need
+            if left > slots:
+                insort(opened, left)
+            else:
+                unused.append(left)
+        rows[begin : begin + len(found)] = found
+    return rows
 
 
 @dataclass(frozen=True)
 class RowPlan:
     """Which samples make which row.
 
-    A sample s is `(document[s], start[s], stop[s], first_target[s])`, all uint32 [samples] (see `windows`). Row r is
-    the concatenation of `row_samples[row_offsets[r]:row_offsets[r + 1]]`. `supervised` and `tokens` are int64 [rows]:
-    targets and non-padding tokens of each row. `dropped` is int64 [documents]: windows without any target, which are
-    in no row.
+    A sample s is `(document[s], start[s], stop[s], first_target[s], head[s])`, all uint32 [samples], in the order of
+    the documents (see `windows`). Row r is the concatenation of `row_samples[row_offsets[r]:row_offsets[r + 1]]`.
+    `supervised` and `tokens` are int64 [rows]: targets and non-padding tokens of each row. `source_rows` is int64
+    [sources + 1]: where the rows of each source begin when rows were packed by source, else [0, rows].
+
+    What is in no row is counted, by document: `dropped` (int64) windows without any target, `lost` (int64) supervised
+    tokens behind a truncation or in documents left out, `unpinned` (uint8) whether a head was longer than half a window
+    and therefore not pinned.
     """
 
     document: NDArray[np.uint32]
     start: NDArray[np.uint32]
     stop: NDArray[np.uint32]
     first_target: NDArray[np.uint32]
+    head: NDArray[np.uint32]
     row_offsets: NDArray[np.int64]
     row_samples: NDArray[np.uint32]
     supervised: NDArray[np.int64]
     tokens: NDArray[np.int64]
+    source_rows: NDArray[np.int64]
     dropped: NDArray[np.int64]
-    sequence_length: int
-    overlap: int
-    packing: bool
+    lost: NDArray[np.int64]
+    unpinned: NDArray[np.uint8]
+    spec: PlanSpec
 
     @property
     def n_rows(self) -> int:
@@ -90,6 +149,11 @@ class RowPlan:
         return len(self.document)
 
     @property
+    def sequence_length(self) -> int:
+        """Tokens in a row."""
+        return self.spec.sequence_length
+
+    @property
     def padding_share(self) -> float:
         """Share of padding when every row has the full sequence length."""
         capacity = self.n_rows * self.sequence_length
@@ -100,47 +164,150 @@ class RowPlan:
         return self.row_samples[int(self.row_offsets[row]) : int(self.row_offsets[row + 1])]
 
 
-def plan_rows(
-    document_offsets: NDArray[np.uint64],
-    spans: NDArray[np.uint32],
-    span_offsets: NDArray[np.uint64],
-    *,
-    sequence_length: int,
-    overlap: int,
-    packing: bool,
-) -> RowPlan:
-    """Cut all documents into windows of `sequence_length`, drop those without a target, pack the rest.
+PLAN_ARRAYS = tuple(name for name in RowPlan.__dataclass_fields__ if name != "spec")
 
-    The arguments are the store's arrays for all documents: where each begins in the flat ids (uint64 [documents + 1]),
-    the supervised spans (uint32 [spans, 2], relative to their document) and where each document's begin.
+
+@dataclass(frozen=True)
+class Window:
+    """A sample as a part of its document: the `index`-th of `of` (those that have a target), from 0."""
+
+    document: int
+    index: int
+    of: int
+    start: int
+    stop: int
+    first_target: int
+    head: int
+
+
+def window_of(plan: RowPlan, sample: int) -> Window:
+    """Where a sample lies in its document: what is needed to put results of its windows together again."""
+    values = {name: int(getattr(plan, name)[sample]) for name in SAMPLE_COLUMNS}
+    first, after = np.searchsorted(plan.document, [values["document"], values["document"] + 1])
+    return Window(index=sample - int(first), of=int(after - first), **values)
+
+
+def plan_rows(
+    shards: Iterable[Mapping[str, NDArray[Any]]],
+    spec: PlanSpec,
+    sources: int,
+    place: Callable[[int], str] = lambda document: f"document {document}",
+) -> RowPlan:
+    """Turn all documents into samples, leave out those without a target, and put the rest into rows.
+
+    Args:
+        shards: the arrays of every token shard, in order (see `store`); one at a time is held, and its ids are not
+            read.
+        spec: how.
+        sources: number of sources of the store.
+        place: where a document comes from, for messages.
+
+    Raises:
+        UsageError: the spec cannot be used.
+        DataError: a document is longer than the window and the spec calls that an error.
     """
-    lengths = lengths_of(document_offsets)
-    document, start, stop, first = cut_documents(lengths, sequence_length, overlap)
-    targets = count_targets(document, first, stop, spans, span_offsets, document_offsets)
-    keep = targets > 0
-    dropped = np.bincount(document[~keep], minlength=len(lengths)).astype(np.int64)
-    document, start, stop, first = (column[keep] for column in (document, start, stop, first))
-    targets = targets[keep]
-    sizes = stop.astype(np.int64) - start.astype(np.int64)
-    row_of = pack(sizes, sequence_length) if packing else np.arange(len(sizes), dtype=np.int64)
-    n_rows = int(row_of.max()) + 1 if len(row_of) else 0
-    order = np.argsort(row_of, kind="stable")
+    spec.check()
+    parts = [_Part.of(shard, spec, place) for shard in _with_first_document(shards)]
+    samples = Samples(*(_joined([getattr(part.samples, name) for part in parts], np.uint32) for name in SAMPLE_COLUMNS))
+    targets = _joined([part.targets for part in parts], np.int64)
+    source = _joined([part.source for part in parts], np.int64)
+    dropped = _joined([part.dropped for part in parts], np.int64)
+    lost = _joined([part.lost for part in parts], np.int64)
+    unpinned = _joined([part.unpinned for part in parts], np.uint8)
+    del parts
+    sizes = samples.head.astype(np.int64) + samples.stop - samples.start
+    groups = [np.flatnonzero(source == number) for number in range(sources)] if spec.by_source else [slice(None)]
+    row_of = np.empty(len(sizes), dtype=np.int64)
+    source_rows = [0]
+    for group in groups:
+        mine = sizes[group]
+        rows = pack(mine, spec.sequence_length) if spec.packing else np.arange(len(mine), dtype=np.int64)
+        row_of[group] = rows + source_rows[-1]
+        source_rows.append(source_rows[-1] + (int(rows.max()) + 1 if len(rows) else 0))
+    n_rows = source_rows[-1]
     return RowPlan(
-        document=document,
-        start=start,
-        stop=stop,
-        first_target=first,
+        document=samples.document,
+        start=samples.start,
+        stop=samples.stop,
+        first_target=samples.first_target,
+        head=samples.head,
         row_offsets=np.concatenate([[0], np.cumsum(np.bincount(row_of, minlength=n_rows))]).astype(np.int64),
-        row_samples=order.astype(np.uint32),
-        supervised=_sum_by_row(row_of, targets, n_rows),
-        tokens=_sum_by_row(row_of, sizes, n_rows),
+        row_samples=np.argsort(row_of, kind="stable").astype(np.uint32),
+        supervised=_sums(row_of, targets, n_rows),
+        tokens=_sums(row_of, sizes, n_rows),
+        source_rows=np.array(source_rows, dtype=np.int64),
         dropped=dropped,
-        sequence_length=sequence_length,
-        overlap=overlap,
-        packing=packing,
+        lost=lost,
+        unpinned=unpinned,
+        spec=spec,
     )
 
 
-def _sum_by_row(row_of: NDArray[np.int64], values: NDArray[np.int64], n_rows: int) -> NDArray[np.int64]:
-    """Exact: float64 sums of integers far below 2**53."""
-    return np.bincount(row_of, weights=values, minlength=n_rows).astype(np.int64)
+@dataclass(frozen=True)
+class _Part:
+    """What one shard contributes; `targets` and `source` are per sample, the rest per document."""
+
+    samples: Samples
+    targets: NDArray[np.int64]
+    source: NDArray[np.int64]
+    dropped: NDArray[np.int64]
+    lost: NDArray[np.int64]
+    unpinned: NDArray[np.uint8]
+
+    @classmethod
+    def of(cls, numbered: tuple[int, Mapping[str, NDArray[Any]]], spec: PlanSpec, place: Callable[[int], str]) -> _Part:
+        first_document, shard = numbered
+        lengths = lengths_of(shard["document_offsets"])
+        long = lengths > spec.window
+        if spec.long_text == "error" and long.any():
+            worst = int(np.argmax(long))
+            raise DataError(
+                f"{place(first_document + worst)}: {int(lengths[worst])} tokens do not fit the window of {spec.window}",
+                "set long_text to windows, truncate or drop, or give a longer window",
+            )
+        heads = np.where(long & spec.pin_prefix, shard["head"].astype(np.int64), 0)
+        unpinned = heads > min(spec.window // 2, spec.window - 2)
+        taken = lengths
+        if spec.long_text != "windows":
+            taken = np.where(long, spec.window if spec.long_text == "truncate" else 0, lengths)
+        samples = cut_documents(
+            taken,
+            spec.window,
+            spec.overlap,
+            shard["turn_ends"],
+            shard["turn_offsets"],
+            np.where(unpinned, 0, heads),
+        )
+        layout = (shard["loss_spans"], shard["span_offsets"], shard["document_offsets"])
+        targets = count_targets(samples.document, samples.first_target, samples.stop, *layout)
+        keep = targets > 0
+        dropped = np.bincount(samples.document[~keep], minlength=len(lengths)).astype(np.int64)
+        samples, targets = samples.of(keep), targets[keep]
+        everything = np.arange(len(lengths), dtype=np.uint32)
+        lost = count_targets(everything, np.ones_like(everything), lengths.astype(np.uint32), *layout)
+        lost -= _sums(samples.document, targets, len(lengths))
+        source = shard["source"].astype(np.int64)[samples.document]
+        shifted = Samples(samples.document + np.uint32(first_document), *_columns(samples)[1:])
+        return cls(shifted, targets, source, dropped, lost, unpinned.astype(np.uint8))
+
+
+def _columns(samples: Samples) -> list[NDArray[np.uint32]]:
+    return [getattr(samples, name) for name in SAMPLE_COLUMNS]
+
+
+def _with_first_document(
+    shards: Iterable[Mapping[str, NDArray[Any]]],
+) -> Iterable[tuple[int, Mapping[str, NDArray[Any]]]]:
+    first = 0
+    for shard in shards:
+        yield first, shard
+        first += len(shard["document_offsets"]) - 1
+
+
+def _joined(parts: list[NDArray[Any]], dtype: Any) -> NDArray[Any]:
+    return np.concatenate(parts) if parts else np.empty(0, dtype=dtype)
+
+
+def _sums(index: NDArray[Any], values: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+    """Sum of `values` by `index`. Exact: float64 sums of integers far below 2**53."""
+    return np.bincount(index, weights=values, minlength=size).astype(np.int64)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,77 +10,102 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from trainer.data.packing import RowPlan, plan_rows
 from trainer.data.reader import SCHEMA_VERSION
-from trainer.data.shards import write_arrays
-from trainer.data.templates import Encoded
+from trainer.data.shards import ragged, take_parts, write_arrays
 from trainer.durable import write_errors
+from trainer.tensor_file import FileDigest
+
+RAGGED = {"ids": "document_offsets", "loss_spans": "span_offsets", "turn_ends": "turn_offsets"}
+"""Arrays with several elements a document, and where each document's begin."""
+PLAIN = ("head", "document_hash", "source", "file", "line", "label")
+"""Arrays with one element a document."""
+
+
+def take_documents(arrays: Mapping[str, NDArray[Any]], chosen: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+    """The `chosen` documents, in the order given, as arrays of the same layout."""
+    taken = {name: arrays[name][chosen] for name in PLAIN if name in arrays}
+    for name, offsets in RAGGED.items():
+        taken[name] = arrays[name][take_parts(arrays[offsets], chosen)]
+        taken[offsets] = ragged(np.diff(arrays[offsets].astype(np.int64))[chosen])
+    return taken
+
+
+def file_entry(name: str, digest: FileDigest) -> dict[str, Any]:
+    """What the manifest says of a file that was written with a digest."""
+    return {"name": name, "bytes": digest.bytes, "xxh3": digest.xxh3_128, "sha256": digest.sha256}
 
 
 class ShardWriter:
-    """Collects documents and writes a shard whenever enough tokens are there."""
+    """Collects documents and writes a shard whenever enough tokens are there; `files` are its manifest entries.
 
-    def __init__(self, directory: Path, vocabulary_size: int, shard_tokens: int) -> None:
-        directory.mkdir()
+    Args:
+        directory: made here; where the shards go.
+        shard_tokens: tokens after which a new shard begins; a document is never torn apart.
+    """
+
+    def __init__(self, directory: Path, shard_tokens: int) -> None:
+        with write_errors(directory):
+            directory.mkdir()
         self._directory = directory
-        self._dtype = np.uint16 if vocabulary_size <= 1 << 16 else np.uint32
         self._limit = shard_tokens
-        self._waiting: list[tuple[NDArray[Any], NDArray[np.uint32], int, int]] = []
+        self._waiting: list[dict[str, NDArray[Any]]] = []
         self._tokens = 0
-        # The index of all documents stays here for the plan: 8 bytes a document and 8 a span.
-        self.lengths: list[int] = []
-        self.sources: list[int] = []
-        self._span_counts: list[int] = []
-        self._spans: list[NDArray[np.uint32]] = []
-        self._shards = 0
+        self.files: list[dict[str, Any]] = []
 
-    def add(self, document: Encoded, source: int, line: int) -> None:
-        """Take one document; a shard may be written."""
-        spans = np.array(document.spans, dtype=np.uint32).reshape(-1, 2)
-        self._waiting.append((document.ids.astype(self._dtype), spans, source, line))
-        self._tokens += len(document.ids)
-        self.lengths.append(len(document.ids))
-        self.sources.append(source)
-        self._span_counts.append(len(spans))
-        self._spans.append(spans)
-        if self._tokens >= self._limit:
-            self.flush()
+    def add(self, documents: Mapping[str, NDArray[Any]]) -> None:
+        """Take documents (the arrays of a shard but for `document_hash`); shards may be written."""
+        ends = documents["document_offsets"][1:].astype(np.int64)
+        first = 0
+        while first < len(ends):
+            before = int(ends[first - 1]) if first else 0
+            # The document that reaches the limit is the last of its shard.
+            last = int(np.searchsorted(ends, before + self._limit - self._tokens, side="left")) + 1
+            last = min(last, len(ends))
+            block = take_documents(documents, np.arange(first, last))
+            self._waiting.append(block)
+            self._tokens += len(block["ids"])
+            if self._tokens >= self._limit:
+                self.flush()
+            first = last
 
     def flush(self) -> None:
         """Write what waits as one shard, named by its content after the running number that keeps the order."""
         if not self._waiting:
             return
-        ids, spans, sources, lines = zip(*self._waiting, strict=True)
-        hashes = [xxhash.xxh3_64_intdigest(i.tobytes() + s.tobytes()) for i, s in zip(ids, spans, strict=True)]
-        arrays: dict[str, NDArray[Any]] = {
-            "ids": np.concatenate(ids),
-            "document_offsets": _offsets([len(part) for part in ids]),
-            "loss_spans": np.concatenate(spans),
-            "span_offsets": _offsets([len(part) for part in spans]),
-            "document_hash": np.array(hashes, dtype=np.uint64),
-            "source": np.array(sources, dtype=np.uint16),
-            "line": np.array(lines, dtype=np.uint32),
+        arrays = {
+            name: np.concatenate([block[name] for block in self._waiting])
+            for name in self._waiting[0]
+            if name not in RAGGED.values()
         }
+        for offsets in RAGGED.values():
+            arrays[offsets] = ragged(
+                np.concatenate([np.diff(block[offsets].astype(np.int64)) for block in self._waiting])
+            )
+        arrays["document_hash"] = _document_hashes(arrays)
         file = self._directory / "writing.safetensors"
         digest = write_arrays(file, arrays, {"schema": str(SCHEMA_VERSION)})
+        name = f"tok-{len(self.files):05d}-{digest.xxh3_128}.safetensors"
         with write_errors(file):
-            file.rename(self._directory / f"tok-{self._shards:05d}-{digest.xxh3_128}.safetensors")
-        self._shards += 1
+            file.rename(self._directory / name)
+        entry = file_entry(f"{self._directory.name}/{name}", digest)
+        self.files.append(entry | {"documents": len(arrays["line"])})
         self._waiting.clear()
         self._tokens = 0
 
-    def plan(self, sequence_length: int, overlap: int) -> RowPlan:
-        """The packed plan of everything added."""
-        spans = np.concatenate(self._spans) if self._spans else np.empty((0, 2), dtype=np.uint32)
-        return plan_rows(
-            _offsets(self.lengths),
-            spans,
-            _offsets(self._span_counts),
-            sequence_length=sequence_length,
-            overlap=overlap,
-            packing=True,
-        )
 
-
-def _offsets(counts: Sequence[int]) -> NDArray[np.uint64]:
-    return np.concatenate([[0], np.cumsum(np.array(counts, dtype=np.uint64))]).astype(np.uint64)
+def _document_hashes(arrays: Mapping[str, NDArray[Any]]) -> NDArray[np.uint64]:
+    """xxh3 of ids and spans of every document: what it trains, not where it came from."""
+    offsets, spans = arrays["document_offsets"].tolist(), arrays["span_offsets"].tolist()
+    ids = arrays["ids"].view(np.uint8)
+    loss = np.ascontiguousarray(arrays["loss_spans"]).reshape(-1).view(np.uint8)
+    width = arrays["ids"].dtype.itemsize
+    return np.array(
+        [
+            xxhash.xxh3_64_intdigest(
+                ids[offsets[i] * width : offsets[i + 1] * width].tobytes()
+                + loss[spans[i] * 8 : spans[i + 1] * 8].tobytes()
+            )
+            for i in range(len(offsets) - 1)
+        ],
+        dtype=np.uint64,
+    )

@@ -6,15 +6,21 @@
         document_offsets  uint64 [documents + 1]        where each begins in ids
         loss_spans        uint32 [spans, 2]             supervised (start, stop), relative to the document
         span_offsets      uint64 [documents + 1]        where each document's spans begin
-        document_hash     uint64 [documents]            xxh3 of ids and spans; unread, kept for de-duplication
-        source, line      uint16, uint32 [documents]    index into manifest["sources"], line of the row
-    OUT/plans/plan-<sequence length>-<overlap>-<packed|single>.safetensors    the arrays of `packing.RowPlan`
+        document_hash     uint64 [documents]            xxh3 of ids and spans; what `diff` compares
+        turn_ends         uint32 [turns]                where a turn of the assistant ended, relative to the document
+        turn_offsets      uint64 [documents + 1]        where each document's ends of turns begin
+        head              uint32 [documents]            tokens of the pinned head (system prompt, instruction); 0: none
+        source            uint16 [documents]            index into manifest["sources"]
+        file, line        uint32 [documents]            index into manifest["inputs"], line of the row
+        label             int32 [documents]             index into manifest["labels"], -1: none
+    OUT/plans/plan-<every setting>.safetensors          the arrays of `packing.RowPlan`
     OUT/tokenizer/                        copy of the tokenizer, so the store is complete by itself
+    OUT/reports/left_out.jsonl            rows that were left out and duplicates: place and reason
+    OUT/reports/quarantine.jsonl          bad rows with their bytes, where the recipe asks for it
 
-Writing is in `build`, reading in `reader`.
+Writing is in `build`, reading in `reader`, from a URL through `remote`.
 """
 
-from trainer.data.build import BuildReport, SourceReport, build_store
 from trainer.data.reader import TokenStore, VerifyReport, open_store, verify_store
 
-__all__ = ["BuildReport", "SourceReport", "TokenStore", "VerifyReport", "build_store", "open_store", "verify_store"]
+__all__ = ["TokenStore", "VerifyReport", "open_store", "verify_store"]

@@ -34,6 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.data.control_tokens import TextEncoder
+from trainer.data.fast_tokenizer import Twin
 from trainer.data.records import Conversation, Message, PlainText, Record, TokenIds
 from trainer.data.rendering import ChatTemplate
 from trainer.errors import DataError, UsageError
@@ -149,13 +150,14 @@ class Encoder:
     Args:
         tokenizer: a transformers tokenizer with a `tokenizers` backend; conversations need its chat template.
         train_on: all assistant turns or the last one of a conversation; flags of its messages win.
+        twin: a faster encoder with the same ids (see `fast_tokenizer`).
 
     Raises:
         DataError: no fast backend.
         UsageError: `train_on` is neither.
     """
 
-    def __init__(self, tokenizer: Any, train_on: Literal["all", "last"] = "all") -> None:
+    def __init__(self, tokenizer: Any, train_on: Literal["all", "last"] = "all", twin: Twin | None = None) -> None:
         if train_on not in ("all", "last"):
             raise UsageError(f"cannot train on '{train_on}'", "write 'all' or 'last' (turns of the assistant)")
         if getattr(tokenizer, "backend_tokenizer", None) is None:
@@ -163,7 +165,7 @@ class Encoder:
         self.tokenizer = tokenizer
         self._train_on = train_on
         self._vocabulary = len(tokenizer)
-        self._text = TextEncoder(tokenizer)
+        self._text = TextEncoder(tokenizer, twin)
         self._control_texts = tuple(self._text.contents)
         stops = [str(token) for token in tokenizer.convert_ids_to_tokens(sorted(self._text.stop_ids))]
         self._stops = re.compile("|".join(map(re.escape, stops)) or "(?!)")
@@ -179,6 +181,7 @@ class Encoder:
 
         Raises:
             LostStopToken: a stop token would not be supervised.
+            TwinMismatch: the twin gave other ids than the tokenizer.
             DataError: the template refuses the conversation or loses part of it, no exact mask can be found, a text has
                 no end-of-text token to end with, or an id is not in the vocabulary.
         """
@@ -187,6 +190,10 @@ class Encoder:
         if isinstance(record, PlainText):
             return [self._encode_text(record)]
         return [self._check_ids(record)]
+
+    def check_again(self) -> None:
+        """Compare the twin's next pieces with the tokenizer; see `TextEncoder.check_again`."""
+        self._text.check_again()
 
     # --- text and ids ---
 

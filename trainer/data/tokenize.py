@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from trainer.data.sentencepiece_model import MODEL_NAMES, find_model, is_sentencepiece, tokenizer_from_model
 from trainer.errors import DataError, MissingInputError
 
 PROBE_TEXTS = (
@@ -33,9 +34,7 @@ TOKENIZER_FILES = (
     "vocab.json",
     "vocab.txt",
     "merges.txt",
-    "tokenizer.model",
-    "sentencepiece.model",
-    "spiece.model",
+    *MODEL_NAMES,
     "config.json",
 )
 
@@ -43,9 +42,11 @@ TOKENIZER_FILES = (
 def load_tokenizer(path: Path) -> Any:
     """A transformers tokenizer from a local directory; nothing is downloaded and no code of the directory runs.
 
+    A SentencePiece model without tokenizer.json gives exactly the ids that SentencePiece gives, or is refused.
+
     Raises:
         MissingInputError: no directory at `path`.
-        DataError: it holds no tokenizer that transformers can load.
+        DataError: it holds no tokenizer that can be loaded, or one that cannot encode.
     """
     if not path.is_dir():
         raise MissingInputError(
@@ -53,13 +54,31 @@ def load_tokenizer(path: Path) -> Any:
         )
     from transformers import AutoTokenizer
 
+    model = find_model(path)
+    from_model = model is not None and not (path / "tokenizer.json").is_file() and is_sentencepiece(model)
     try:
-        return AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if model is not None and from_model:
+            tokenizer = tokenizer_from_model(model)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+        tokenizer(list(PROBE_TEXTS), add_special_tokens=False)
+    except DataError:
+        raise
+    except BaseException as error:
+        # The Rust parts panic with an exception that is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise DataError(
-            f"cannot load a tokenizer from {path}: {reason}", "the directory needs tokenizer.json"
+            f"cannot load a tokenizer from {path}: {_reason(error)}",
+            "the directory needs an undamaged tokenizer.json"
+            if (path / "tokenizer.json").exists()
+            else "the directory needs tokenizer.json",
         ) from error
+    return tokenizer
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def fingerprint(tokenizer: Any) -> str:

@@ -20,32 +20,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainer.data.sentencepiece_model import SPACE, backend_of
+from trainer.data.stress_texts import STRESS_TEXTS
 from trainer.data.templates import DEFAULT_CHAT_TEMPLATE
 from trainer.durable import sync_directory, sync_file, write_errors, write_file
 from trainer.errors import CannotWriteError, DataError, UsageError
 
 PAD, TURN_START, TURN_END = "<|pad|>", "<|im_start|>", "<|im_end|>"
-SPACE = "\u2581"
 RESERVED = 4 + 256  # <unk>, three control tokens, one piece for each byte
 SAMPLE_TEXTS = 2000
 SENTENCE_BYTES = 16384
-
-STRESS_TEXTS = (
-    "",
-    " ",
-    "   leading and trailing   ",
-    "\n\n\n",
-    "a\r\nb\tc\n",
-    "0123456789 3.14159 2024-02-29",
-    "😀👩‍👩‍👧‍👦🇨🇳 e\u0301 é ﬁ Ａ",
-    "汉字漢字かなカナ한글，。！？「」",
-    "zero\u200bwidth\u200djoiner\ufeff\u2060",
-    "\x01\x02\x1f\x7f\x85\u2028\u2029\u00a0\u3000",
-    "<|im_start|>user\nhello<|im_end|>\n<|pad|><unk></s><0x41>",
-    "مرحبا שלום नमस्ते ไทย 𝔘𝔫𝔦 𐍈",
-    "    def f(x):\n\t    return {'a': [1, 2]}  # ----====\n",
-    "aaaaaaaaaaaaaaaaaaaaaaa bbbbbbbb abababababa",
-)
 
 
 @dataclass(frozen=True)
@@ -160,32 +144,9 @@ def _sentences(texts: Iterable[str], characters: int) -> Iterable[str]:
 
 def _to_transformers(model: Any) -> Any:
     """The same tokenizer as a transformers one, with the default chat template."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
     from transformers import PreTrainedTokenizerFast
 
-    pieces = [str(model.id_to_piece(index)) for index in range(model.vocab_size())]
-    vocabulary = {piece: index for index, piece in enumerate(pieces)}
-    ordinary = {
-        piece: index
-        for piece, index in vocabulary.items()
-        if not (model.is_control(index) or model.is_byte(index) or model.is_unknown(index))
-    }
-    # SentencePiece joins the neighbours whose union has the best score; its scores fall with the id. So every way to
-    # cut a piece in two is a merge, ranked by the id of the union.
-    merges = [
-        (piece[:at], piece[at:])
-        for piece in sorted(ordinary, key=ordinary.__getitem__)
-        for at in range(1, len(piece))
-        if piece[:at] in ordinary and piece[at:] in ordinary
-    ]
-    backend = Tokenizer(
-        models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-    )
-    backend.normalizer = normalizers.Replace(" ", SPACE)
-    backend.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
-    backend.add_special_tokens(
-        [AddedToken(text, special=True, normalized=False) for text in ("<unk>", PAD, TURN_START, TURN_END)]
-    )
+    backend = backend_of(model.serialized_model_proto())
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         unk_token="<unk>",
