@@ -108,8 +108,9 @@ def columns_of(row: RawRow, layout: Layout) -> dict[str, str]:
     """
     format = FORMATS[layout.format]
     mapping = layout.mapping
-    if len(mapping) == len(row.value) and all(column in row.value for column in mapping.values()):
-        return mapping  # every column of the row is told
+    told = len(mapping) == len(row.value) and all(column in row.value for column in mapping.values())
+    if told and all(key in mapping for key in format.required):
+        return mapping  # no column is left to find
     columns = dict(mapping)
     for key in format.keys:
         if key in mapping:
