@@ -108,6 +108,9 @@ def columns_of(row: RawRow, layout: Layout) -> dict[str, str]:
     """
     format = FORMATS[layout.format]
     mapping = layout.mapping
+    told = len(mapping) == len(row.value) and all(column in row.value for column in mapping.values())
+    if told and all(key in mapping for key in format.required):
+        return mapping  # no column is left to find
     columns = dict(mapping)
     for key in format.keys:
         if key in mapping:
