@@ -187,7 +187,7 @@ def _encode(
             report.format, report.mapping = " + ".join(sorted(known)), report.mapping | layout.mapping
             report.bytes += entry.file.bytes
             for chunk in pieces:
-                yield Task(number, entry.source, index, layout, chunk)
+                yield Task(number, entry.source, index, entry.file.name, layout, chunk)
                 number += 1
 
     twin = verified_twin(tokenizer, Path(recipe.tokenizer))

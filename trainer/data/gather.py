@@ -309,6 +309,9 @@ def _copy_tokenizer(source: Path, tokenizer: Any, target: Path) -> None:
     """Copy the tokenizer's files and check that the copy behaves like the original."""
     with write_errors(target):
         target.mkdir()
+        if not (source / "tokenizer.json").is_file():
+            # A lone SentencePiece model: the store gets the tokenizer that was proved to have its ids.
+            tokenizer.save_pretrained(target)
         for name in TOKENIZER_FILES:
             if (source / name).is_file():
                 write_file(target / name, (source / name).read_bytes())

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from trainer.data.recipe import Recipe
@@ -47,13 +48,15 @@ class Task:
     number: int
     source: int
     file: int
+    file_name: str
     layout: Layout
     chunk: Chunk
 
     @property
     def name(self) -> str:
-        """File name of the part: equal for equal rows at the same place."""
-        return f"{self.number:07d}-{self.source}-{self.file}-{self.chunk.key()}.safetensors"
+        """File name of the part: equal for equal rows at the same place, read in the same layout."""
+        read_as = f"{self.file_name}\0{self.layout}\0{self.chunk.key()}"
+        return f"{self.number:07d}-{self.source}-{self.file}-{xxhash.xxh3_128_hexdigest(read_as.encode())}.safetensors"
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ characters (`nmt_nfkc`), and put one space before a text that is cut at user-def
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from trainer.errors import DataError
 MODEL_NAMES = ("tokenizer.model", "sentencepiece.model", "spiece.model")
 SPACE = "\u2581"
 # Kinds of pieces and models (sentencepiece_model.proto).
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 _UNIGRAM, _BPE = 1, 2
 # Far below any piece's own: text never becomes a control or byte piece while there is another way to write it.
 _NEVER = -1e6
@@ -47,16 +48,17 @@ def tokenizer_from_model(file: Path) -> Any:
     Special tokens and the chat template come from the files beside it where there are any.
 
     Raises:
-        DataError: the ids cannot be had, or the files beside the model are damaged.
+        DataError: the ids cannot be had.
     """
     from transformers import PreTrainedTokenizerFast
 
     raw = file.read_bytes()
     try:
-        backend = backend_of(raw)
+        backend = _equal_backend(file, raw)
         with tempfile.TemporaryDirectory() as temporary:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(_with_settings(file, backend, Path(temporary)))
-        _check_equal(file, tokenizer.backend_tokenizer)
+        if _working_parts(tokenizer.backend_tokenizer) != _working_parts(backend):
+            raise _NotConvertibleError("the settings beside it change how it works")
     except _NotConvertibleError as error:
         raise DataError(
             f"{file}: no transformers tokenizer has the ids of this SentencePiece model: {error}",
@@ -67,14 +69,25 @@ def tokenizer_from_model(file: Path) -> Any:
     return tokenizer
 
 
-def backend_of(raw: bytes) -> Any:
+def _equal_backend(file: Path, raw: bytes) -> Any:
+    try:
+        return _check_equal(file, backend_of(raw))
+    except _NotConvertibleError:
+        return _check_equal(file, backend_of(raw, cut_controls=True))
+
+
+def backend_of(raw: bytes, cut_controls: bool = False) -> Any:
     """A `tokenizers.Tokenizer` that does what the serialised SentencePiece model `raw` does.
+
+    The unigram model of `tokenizers` finds control and byte pieces in text, SentencePiece never does. Here they cost
+    more than any other way to write the text, which fails where there is no other way: a character that is no piece.
+    `cut_controls` cuts their texts in two instead, which fails where a piece reaches over the cut.
 
     SentencePiece joins the neighbours whose union has the best score, so every way to cut a piece in two is a merge,
     ranked by the score of the union. Control pieces become special tokens, user-defined symbols added ones.
     """
     from sentencepiece import sentencepiece_model_pb2
-    from tokenizers import AddedToken, Tokenizer, decoders, models
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
     proto = sentencepiece_model_pb2.ModelProto()
     proto.ParseFromString(raw)
@@ -98,10 +111,15 @@ def backend_of(raw: bytes) -> Any:
         )
     else:
         in_text = (_NORMAL, _USER_DEFINED)
-        scored = [(piece.piece, piece.score if piece.type in in_text else _NEVER) for piece in pieces]
+        never = 0.0 if cut_controls else _NEVER
+        scored = [(piece.piece, piece.score if piece.type in in_text else never) for piece in pieces]
         model = models.Unigram(scored, trainer.unk_id, trainer.byte_fallback)
     backend = Tokenizer(model)
     backend.normalizer = _normalizer(proto.normalizer_spec)
+    if cut_controls and trainer.model_type == _UNIGRAM:
+        texts = [piece.piece for piece in pieces if piece.type in (_UNKNOWN, _CONTROL, _BYTE)]
+        cuts = "|".join(f"{re.escape(text[0])}(?={re.escape(text[1:])})" for text in texts)
+        backend.pre_tokenizer = pre_tokenizers.Split(Regex(cuts), "merged_with_previous")
     spaces: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if proto.normalizer_spec.add_dummy_prefix:
         spaces.append(decoders.Strip(" ", 1, 0))
@@ -177,10 +195,7 @@ def _with_settings(file: Path, backend: Any, directory: Path) -> Path:
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         beside = file.parent / name
         if beside.is_file():
-            try:
-                settings |= json.loads(beside.read_text(encoding="utf-8"))
-            except (ValueError, TypeError) as error:
-                raise DataError(f"{beside} is not a JSON object: {error}", "repair it") from error
+            settings |= json.loads(beside.read_bytes())
     # The classes of models rebuild the backend in their own way.
     settings = {name: value for name, value in settings.items() if name not in ("tokenizer_class", "auto_map")}
     template = file.parent / "chat_template.jinja"
@@ -190,7 +205,16 @@ def _with_settings(file: Path, backend: Any, directory: Path) -> Path:
     return directory
 
 
-def _check_equal(file: Path, backend: Any) -> None:
+def _working_parts(backend: Any) -> list[Any]:
+    definition = json.loads(backend.to_str())
+    vocabulary = definition["model"]["vocab"]
+    if isinstance(vocabulary, list):
+        # The last digit of a score may differ: they are written in decimal.
+        definition["model"]["vocab"] = [piece for piece, _ in vocabulary]
+    return [definition[part] for part in ("model", "normalizer", "pre_tokenizer")]
+
+
+def _check_equal(file: Path, backend: Any) -> Any:
     from tokenizers import Tokenizer
 
     model = _processor(file)
@@ -209,6 +233,7 @@ def _check_equal(file: Path, backend: Any) -> None:
         if encoding.ids != expected:
             shown = text if len(text) <= 60 else f"{text[:60]}..."
             raise _NotConvertibleError(f"they differ on {shown!r}")
+    return backend
 
 
 def _processor(file: Path) -> Any:

@@ -37,6 +37,13 @@ TOKENIZER_FILES = (
     *MODEL_NAMES,
     "config.json",
 )
+SETTINGS_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "config.json",
+)
 
 
 def load_tokenizer(path: Path) -> Any:
@@ -52,33 +59,47 @@ def load_tokenizer(path: Path) -> Any:
         raise MissingInputError(
             f"there is no tokenizer directory {path}", "train one: steadfast tokenizer train --help"
         )
+    _check_settings(path)
     from transformers import AutoTokenizer
 
     model = find_model(path)
-    from_model = model is not None and not (path / "tokenizer.json").is_file() and is_sentencepiece(model)
     try:
-        if model is not None and from_model:
+        if model is not None and not (path / "tokenizer.json").is_file() and is_sentencepiece(model):
             tokenizer = tokenizer_from_model(model)
         else:
             tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-        tokenizer(list(PROBE_TEXTS), add_special_tokens=False)
+        probes = tokenizer(list(PROBE_TEXTS), add_special_tokens=False)["input_ids"]
     except DataError:
         raise
     except BaseException as error:
-        # The Rust parts panic with an exception that is no Exception.
+        # A panic of the Rust parts is no Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise DataError(
-            f"cannot load a tokenizer from {path}: {_reason(error)}",
-            "the directory needs an undamaged tokenizer.json"
-            if (path / "tokenizer.json").exists()
-            else "the directory needs tokenizer.json",
+            f"cannot load a tokenizer from {path}: {_first_line(error)}", "the directory needs a whole tokenizer.json"
         ) from error
+    lost = [text for text, ids in zip(PROBE_TEXTS, probes, strict=True) if text and not ids]
+    if lost:
+        raise DataError(f"the tokenizer in {path} makes no token of {lost[0]!r}", "its vocabulary is damaged")
     return tokenizer
 
 
-def _reason(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _check_settings(path: Path) -> None:
+    """Refuse files that are no JSON objects by their own name: transformers does not say which."""
+    for name in SETTINGS_FILES:
+        if not (path / name).is_file():
+            continue
+        try:
+            value = json.loads((path / name).read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path / name} is damaged: {_first_line(error)}", "copy it again") from error
+        if not isinstance(value, dict):
+            raise DataError(f"{path / name} is no JSON object", "copy it again")
+
+
+def _first_line(error: BaseException) -> str:
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line if len(line) <= 200 else f"{line[:200]}..."
 
 
 def fingerprint(tokenizer: Any) -> str:
