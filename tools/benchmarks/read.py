@@ -1,0 +1,84 @@
+"""Reading: the same rows through Steadfast's store, order and feed, and through other readers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from tools.benchmarks import ours, readers
+from tools.benchmarks.corpus import make_token_documents, rows_as_documents
+from tools.benchmarks.measure import Contender, Facts, Line, Say, compare, installed_version, run_apart, run_rounds
+
+SECTION = "read"
+UNIT = "Mtok per CPU s"
+BATCH_SIZE = 8
+OURS = "tools.benchmarks.ours:read"
+THEIRS = "tools.benchmarks.readers:read"
+
+# Name, reader, package, goal, ready for training.
+PEERS = (
+    ("Megatron-style mmap", "megatron", None, 1.0, True),
+    ("Megatron-style mmap, ids and mask only", "megatron", None, None, False),
+    ("litdata", "litdata", "litdata", 4.0, True),
+    ("litdata, ids and mask only", "litdata", "litdata", None, False),
+    ("MDS, py1e", "mosaic", "mosaicml-streaming", 25.0, True),
+    ("datasets streaming, shuffle 1000", "datasets", "datasets", 25.0, True),
+    ("webdataset, shuffle 1000", "webdataset", "webdataset", 25.0, True),
+)
+
+
+def run(work: Path, rows: int, sequence_length: int, rounds: int, seed: int, say: Say) -> list[Line]:
+    """Compare readers over `rows` rows of `sequence_length` tokens."""
+    directory = work / SECTION
+    make_rows(directory, rows, sequence_length, seed)
+    for reader, package in dict.fromkeys((reader, package) for _, reader, package, _, _ in PEERS):
+        if package is None or installed_version(package):
+            say(f"{SECTION}: writing for {reader}")
+            try:
+                run_apart("tools.benchmarks.readers:write", {"reader": reader, "directory": str(directory)})
+            except RuntimeError as error:
+                say(f"{SECTION}: writing for {reader} failed: {error}")
+    contenders = _contenders(directory, rows)
+    outcomes = run_rounds(contenders, rounds, lambda text: say(f"{SECTION}: {text}"))
+    expected = next((outcome.facts["sums"] for outcome in outcomes if outcome.facts), None)
+
+    def note(facts: Facts) -> str:
+        ids, targets = (one == other for one, other in zip(facts["sums"], expected or (), strict=True))
+        same = "same rows" if ids else "OTHER ROWS"
+        return f"{same}{', same targets' if targets else ''}; first batch {facts['first_batch'] * 1e3:.0f} ms"
+
+    return compare(SECTION, UNIT, contenders, outcomes, note)
+
+
+def make_rows(directory: Path, rows: int, sequence_length: int, seed: int) -> None:
+    """The rows as two stores, packed documents and one document a row, and as arrays for the writers of others."""
+    # A little more than needed: the rows that are packed last are not full.
+    documents = make_token_documents((rows + 70) * sequence_length, sequence_length, seed)
+    shard_tokens = max(1 << 16, rows * sequence_length // 8)
+    ours.write_store(directory / "packed", documents, sequence_length, shard_tokens)
+    ids, targets = ours.stored_rows(directory / "packed", rows)
+    mask = np.zeros(ids.shape, dtype=np.uint8)
+    mask[:, 1:] = targets[:, :-1] != readers.IGNORED
+    np.save(directory / readers.IDS, ids)
+    np.save(directory / readers.MASK, mask)
+    ours.write_store(directory / "whole", rows_as_documents(ids, mask), sequence_length, shard_tokens)
+
+
+def _contenders(directory: Path, rows: int) -> list[Contender]:
+    mine = {"batch_size": BATCH_SIZE, "rows": rows}
+    found = [
+        Contender("Steadfast, packed samples", OURS, {"store": str(directory / "packed"), **mine}),
+        Contender("Steadfast, one document a row", OURS, {"store": str(directory / "whole"), **mine}),
+    ]
+    found += [
+        Contender(
+            name,
+            THEIRS,
+            {"reader": reader, "directory": str(directory), "batch_size": BATCH_SIZE, "ready": ready},
+            package,
+            goal,
+        )
+        for name, reader, package, goal, ready in PEERS
+    ]
+    return found
