@@ -66,21 +66,24 @@ def _sentences(source: np.random.Generator, words: NDArray[np.str_], count: int,
 
 
 def _latin_words(source: np.random.Generator, count: int = 40_000) -> NDArray[np.str_]:
-    """Made-up words of one to five syllables, the frequent ones short."""
-    onsets = np.array(["", "b", "c", "d", "f", "g", "h", "l", "m", "n", "p", "r", "s", "t", "v", "w", "st", "tr", "th"])
-    ends = np.array(["a", "e", "i", "o", "u", "an", "er", "in", "on", "es", "ing", "al", "ent", "ly", "ed", "y"])
-    words = []
-    for rank in range(count):
-        syllables = 1 + int(source.integers(0, 2 + min(3, rank // 2000)))
-        first, second = source.integers(0, len(onsets), syllables), source.integers(0, len(ends), syllables)
-        word = "".join(map(str, np.char.add(onsets[first], ends[second])))
-        words.append(word.capitalize() if rank % 9 == 0 else word)
-    return np.array(words)
+    """Made-up words of one to four syllables, the frequent ones short."""
+    onsets = ("", "b", "c", "d", "f", "g", "h", "l", "m", "n", "p", "r", "s", "t", "v", "w", "st", "tr", "th")
+    ends = ("a", "e", "i", "o", "u", "an", "er", "in", "on", "es", "ing", "al", "ent", "ly", "ed", "y")
+    syllables = [onset + end for onset in onsets for end in ends]
+    longest = 2 + np.minimum(3, np.arange(count) // 2000)
+    sizes = 1 + (source.random(count) * longest).astype(np.int64).clip(max=3)
+    drawn = source.integers(0, len(syllables), (count, 4))
+    words = [
+        "".join(syllables[i] for i in row[:size]) for row, size in zip(drawn.tolist(), sizes.tolist(), strict=True)
+    ]
+    return np.array([word.capitalize() if rank % 9 == 0 else word for rank, word in enumerate(words)])
 
 
 def _chinese_words(source: np.random.Generator, count: int = 20_000) -> NDArray[np.str_]:
-    sizes = source.integers(1, 4, count).tolist()
-    return np.array(["".join(map(chr, source.integers(0x4E00, 0x4E00 + 3500, size))) for size in sizes])
+    """One to three of 3,500 characters."""
+    sizes = source.integers(1, 4, count)
+    drawn = source.integers(0x4E00, 0x4E00 + 3500, (count, 3))
+    return np.array(["".join(map(chr, row[:size])) for row, size in zip(drawn.tolist(), sizes.tolist(), strict=True)])
 
 
 def write_json_lines(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
