@@ -22,7 +22,6 @@ from typing import Any
 
 import xxhash
 
-from trainer.cli import VERSION
 from trainer.data.decide import decide, row_table
 from trainer.data.fast_tokenizer import NoTwin, Twin, TwinMismatch, verified_twin
 from trainer.data.gather import Build, plan_spec, write_stores
@@ -92,7 +91,7 @@ def build_store(
     tokenizer = load_tokenizer(Path(recipe.tokenizer))
     evaluation = _evaluation(recipe)
     identity = {
-        "version": VERSION,
+        "code": _code_hash(),
         "tokenizer": fingerprint(tokenizer),
         "template": template_hash(tokenizer),
         "recipe": recipe.model_dump(mode="json", exclude={"rows", "windows", "limits", "balance"}),
@@ -141,6 +140,14 @@ def _located(recipe: Recipe, spool: Path) -> list[Input]:
     return [
         Input(number, file) for number, source in enumerate(recipe.sources) for file in locate(source.patterns, spool)
     ]
+
+
+def _code_hash() -> str:
+    """xxh3 of the source of this room: parts of another version of the code are never mixed in."""
+    digest = xxhash.xxh3_128()
+    for file in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def _evaluation(recipe: Recipe) -> EvalIndex | None:
