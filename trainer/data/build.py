@@ -55,10 +55,11 @@ class Progress:
 
 @dataclass(frozen=True)
 class Input:
-    """One file of one source."""
+    """One file of one source; `written` is when its content last changed, to see whether it does while it is read."""
 
     source: int
     file: InputFile
+    written: int
 
 
 def build_store(
@@ -138,8 +139,16 @@ def check_target(out: Path, overwrite: bool) -> None:
 
 def _located(recipe: Recipe, spool: Path) -> list[Input]:
     return [
-        Input(number, file) for number, source in enumerate(recipe.sources) for file in locate(source.patterns, spool)
+        Input(number, file, _last_change(file.path))
+        for number, source in enumerate(recipe.sources)
+        for file in locate(source.patterns, spool)
     ]
+
+
+def _last_change(path: Path) -> int:
+    """When the content of a file, or of the newest file of a directory, last changed, in nanoseconds."""
+    files = [path] if path.is_file() else [item for item in path.rglob("*") if item.is_file()]
+    return max((file.stat().st_mtime_ns for file in files), default=0)
 
 
 def _code_hash() -> str:
@@ -278,7 +287,7 @@ def _check_rows(recipe: Recipe, sources: Sequence[SourceReport]) -> None:
 def _described(entry: Input, digest: Future[tuple[int, str]]) -> dict[str, Any]:
     """What the manifest says of an input; DataError when it changed while it was read."""
     size, sha256 = digest.result()
-    if entry.file.path.is_file() and entry.file.path.stat().st_size != size:
+    if _last_change(entry.file.path) != entry.written:
         raise DataError(f"{entry.file.name} changed while it was read", "build again when it is complete")
     return {
         "name": entry.file.name,
