@@ -25,10 +25,10 @@ from tests.support.corpora import (
     tiny_store,
     write_json_lines,
 )
-from trainer.data.build import build_store
-from trainer.data.reader import TokenStore
+from trainer.data.build.run import build_store
+from trainer.data.encode.tokenizer import load_tokenizer
 from trainer.data.store import open_store, verify_store
-from trainer.data.tokenize import load_tokenizer
+from trainer.data.store.reader import TokenStore
 from trainer.errors import ConfigError, DataError, PeerLostError, RunLockedError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,7 +69,8 @@ KILLED_BUILD = """
 import os, signal, sys
 from pathlib import Path
 from tests.support.corpora import recipe_of
-from trainer.data import build, pool
+from trainer.data.build import run as build
+from trainer.data.build import pool
 work, parts, workers = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 def die(progress, seen=[]):
     seen.append(progress)

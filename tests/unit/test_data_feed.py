@@ -12,12 +12,12 @@ import pytest
 
 from tests.support.corpora import alpaca_rows, message_rows, recipe_of, save_tokenizer, tiny_store, write_json_lines
 from trainer.config.deepspeed import micro_batches
-from trainer.data.build import build_store
+from trainer.data.build.run import build_store
 from trainer.data.feed import IGNORED, Feed, MicroBatch, StepBatch, evaluation_batches, make_micro_batch
 from trainer.data.mixture import mixed_order
 from trainer.data.order import BlockOrder, GlobalOrder, Order
-from trainer.data.packing import RowPlan
 from trainer.data.store import TokenStore, open_store
+from trainer.data.store.packing import RowPlan
 
 
 @pytest.fixture(scope="module")

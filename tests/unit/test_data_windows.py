@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.data.packing import PlanSpec, pack, plan_rows, window_of
-from trainer.data.windows import SAMPLE_COLUMNS, cut_documents, cut_windows
+from trainer.data.store.packing import PlanSpec, pack, plan_rows, window_of
+from trainer.data.store.windows import SAMPLE_COLUMNS, cut_documents, cut_windows
 from trainer.errors import DataError, UsageError
 
 windows_and_overlaps = st.integers(2, 40).flatmap(lambda window: st.tuples(st.just(window), st.integers(1, window - 1)))

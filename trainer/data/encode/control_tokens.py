@@ -17,7 +17,7 @@ from typing import Any
 
 from xxhash import xxh3_64_intdigest
 
-from trainer.data.fast_tokenizer import Twin, TwinMismatch
+from trainer.data.encode.fast_tokenizer import Twin, TwinMismatch
 from trainer.errors import DataError
 
 # Plane 15 private use: in no training text by accident; data that has them is refused. A template may escape them.

@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 
 from trainer.config.load import document_from_text, load_document
 from trainer.config.schema import Count, CountOrZero, Flag, Fraction, NonNegativeFloat, PositiveFloat, Section
-from trainer.data.packing import LongText
+from trainer.data.store.packing import LongText
 
 Format = Literal["alpaca", "sharegpt", "messages", "completion", "text", "preference", "tokens"]
 Script = Literal["han", "latin", "kana", "hangul", "cyrillic", "arabic", "other"]

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.windows import SAMPLE_COLUMNS, Samples, check_window, count_targets, cut_documents, lengths_of
+from trainer.data.store.windows import SAMPLE_COLUMNS, Samples, check_window, count_targets, cut_documents, lengths_of
 from trainer.errors import DataError, UsageError
 
 OPEN_ROWS = 256

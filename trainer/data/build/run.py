@@ -22,20 +22,20 @@ from typing import Any
 
 import xxhash
 
-from trainer.data.decide import decide, row_table
-from trainer.data.fast_tokenizer import NoTwin, Twin, TwinMismatch, verified_twin
-from trainer.data.gather import Build, plan_spec, write_stores
-from trainer.data.parts import REFUSED, Task, read_part
-from trainer.data.pool import Settings, encode_all
+from trainer.data.build.decide import decide, row_table
+from trainer.data.build.gather import Build, plan_spec, write_stores
+from trainer.data.build.parts import REFUSED, Task, read_part
+from trainer.data.build.pool import Settings, encode_all
+from trainer.data.build.recipe import Recipe
+from trainer.data.build.report import SourceReport
+from trainer.data.build.work import Work
+from trainer.data.encode.fast_tokenizer import NoTwin, Twin, TwinMismatch, verified_twin
+from trainer.data.encode.tokenizer import fingerprint, load_tokenizer, template_hash
 from trainer.data.quality.decontaminate import EvalIndex, build_index
 from trainer.data.quality.text import text_of
-from trainer.data.reader import MANIFEST
-from trainer.data.recipe import Recipe
 from trainer.data.records import Layout, Record, detect_layout, to_record
-from trainer.data.report import SourceReport
 from trainer.data.sources import Chunk, InputFile, RawRow, chunks, locate, read_rows
-from trainer.data.tokenize import fingerprint, load_tokenizer, template_hash
-from trainer.data.work import Work
+from trainer.data.store.reader import MANIFEST
 from trainer.durable import file_chunks, sha256_of_file, sync_directory, write_errors
 from trainer.errors import CannotWriteError, DataError
 
@@ -154,7 +154,7 @@ def _last_change(path: Path) -> int:
 def _code_hash() -> str:
     """xxh3 of the source of this room: parts of another version of the code are never mixed in."""
     digest = xxhash.xxh3_128()
-    for file in sorted(Path(__file__).parent.rglob("*.py")):
+    for file in sorted(Path(__file__).parents[1].rglob("*.py")):
         digest.update(file.read_bytes())
     return digest.hexdigest()
 
