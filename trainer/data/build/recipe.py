@@ -89,7 +89,7 @@ class Clean(Section):
     """Remove control characters (not tabs and line ends) and compose characters (Unicode NFC)."""
     pii: list[PiiKind] = Field(default=[])
     """Kinds of personal data that become placeholders like [EMAIL]."""
-    pii_salt: str = ""
+    pii_salt: Annotated[str, Field(examples=["pepper"])] = ""
     """With a salt equal values get equal placeholders: [EMAIL_1a2b3c4d]."""
 
 
