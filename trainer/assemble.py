@@ -14,8 +14,8 @@ from trainer.config.deepspeed import accumulation_steps, compile_deepspeed
 from trainer.config.load import config_as_yaml
 from trainer.config.schema import Config
 from trainer.data.feed import Feed, evaluation_batches
-from trainer.data.packing import RowPlan
 from trainer.data.store import TokenStore, open_store
+from trainer.data.store.packing import RowPlan
 from trainer.durable import write_file
 from trainer.engine import device as devices
 from trainer.errors import ConfigError, DataError, UsageError

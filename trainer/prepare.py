@@ -15,12 +15,12 @@ import yaml
 
 from trainer.checkpoint.verify import committed_steps
 from trainer.config.schema import Config
+from trainer.data.encode.tokenizer import PROBE_TEXTS, load_tokenizer
 from trainer.data.mixture import MixedOrder, mixed_order, weights_of
 from trainer.data.order import BlockOrder, GlobalOrder, Order
-from trainer.data.packing import PlanSpec, RowPlan
-from trainer.data.remote import ShardCache
 from trainer.data.store import TokenStore, open_store
-from trainer.data.tokenize import PROBE_TEXTS, load_tokenizer
+from trainer.data.store.packing import PlanSpec, RowPlan
+from trainer.data.store.remote import ShardCache
 from trainer.durable import sha256_of_file, write_errors, write_file
 from trainer.errors import DataError, UsageError
 from trainer.run_directory import RunDirectory

@@ -9,11 +9,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from trainer.data.build import build_store
-from trainer.data.recipe import Recipe, load_recipe
+from trainer.data.build.recipe import Recipe, load_recipe
+from trainer.data.build.run import build_store
+from trainer.data.encode.templates import DEFAULT_CHAT_TEMPLATE
 from trainer.data.records import Conversation
 from trainer.data.store import TokenStore, open_store
-from trainer.data.templates import DEFAULT_CHAT_TEMPLATE
 
 WORDS = [
     "red",

@@ -1,6 +1,7 @@
 """The build as a whole: workers, kills, policies, and the decisions over all rows."""
 
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -11,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 
@@ -23,11 +25,11 @@ from tests.support.corpora import (
     tiny_store,
     write_json_lines,
 )
-from trainer.data.build import build_store
-from trainer.data.reader import TokenStore
+from trainer.data.build.run import build_store
+from trainer.data.encode.tokenizer import load_tokenizer
 from trainer.data.store import open_store, verify_store
-from trainer.data.tokenize import load_tokenizer
-from trainer.errors import ConfigError, DataError, RunLockedError
+from trainer.data.store.reader import TokenStore
+from trainer.errors import ConfigError, DataError, PeerLostError, RunLockedError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -67,7 +69,8 @@ KILLED_BUILD = """
 import os, signal, sys
 from pathlib import Path
 from tests.support.corpora import recipe_of
-from trainer.data import build, pool
+from trainer.data.build import run as build
+from trainer.data.build import pool
 work, parts, workers = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 def die(progress, seen=[]):
     seen.append(progress)
@@ -154,6 +157,40 @@ def test_two_builds_of_one_store_at_once_are_refused(tmp_path: Path) -> None:
     build_store(recipe, tmp_path / "store", progress=second)
     assert refused
     assert open_store(tmp_path / "store").n_documents == 5
+
+
+def test_a_killed_worker_is_said_and_its_build_continues(tmp_path: Path) -> None:
+    tokenizer = save_tokenizer(tmp_path / "tokenizer")
+    file = write_json_lines(tmp_path / "rows.jsonl", alpaca_rows(300))
+    recipe = recipe_of([file], tokenizer, 128)
+
+    def kill(_: object) -> None:
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid or 0, signal.SIGKILL)
+
+    with pytest.raises(PeerLostError, match="a worker process of the build was killed"):
+        build_store(recipe, tmp_path / "store", workers=2, chunk_bytes=1500, progress=kill)
+    build_store(recipe, tmp_path / "store", workers=1, chunk_bytes=1500)
+    assert open_store(tmp_path / "store").n_documents == 300
+
+
+def test_an_input_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:
+    tokenizer = save_tokenizer(tmp_path / "tokenizer")
+    file = write_json_lines(tmp_path / "rows.jsonl", alpaca_rows(3))
+
+    def change(_: object) -> None:
+        write_json_lines(file, alpaca_rows(3, seed=1))
+
+    with pytest.raises(DataError, match=r"rows.jsonl changed while it was read"):
+        build_store(recipe_of([file], tokenizer), tmp_path / "store", progress=change)
+
+
+def test_inputs_come_from_urls(tmp_path: Path) -> None:
+    tokenizer = save_tokenizer(tmp_path / "tokenizer")
+    fsspec.filesystem("memory").pipe("/data/rows.jsonl", "".join(f"{json.dumps(r)}\n" for r in alpaca_rows(4)).encode())
+    build_store(recipe_of(["memory://data/rows.jsonl"], tokenizer), tmp_path / "store")
+    store = open_store(tmp_path / "store")
+    assert (store.n_documents, store.place(3)) == (4, "memory://data/rows.jsonl:4")
 
 
 BAD = [

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.corpora import alpaca_rows, tiny_tokenizer
-from trainer.data import fast_tokenizer
-from trainer.data.control_tokens import CHECKED_FIRST, CHECKED_SHARE, TextEncoder
-from trainer.data.fast_tokenizer import NoTwin, Twin, TwinMismatch, verified_twin
-from trainer.data.stress_texts import stress_texts
-from trainer.data.templates import DEFAULT_CHAT_TEMPLATE
-from trainer.data.tokenizer_training import train_tokenizer
+from trainer.data.encode import fast_tokenizer
+from trainer.data.encode.control_tokens import CHECKED_FIRST, CHECKED_SHARE, TextEncoder
+from trainer.data.encode.fast_tokenizer import NoTwin, Twin, TwinMismatch, verified_twin
+from trainer.data.encode.stress_texts import stress_texts
+from trainer.data.encode.templates import DEFAULT_CHAT_TEMPLATE
+from trainer.data.encode.tokenizer_training import train_tokenizer
 from trainer.errors import DataError
 
 needs_tiktoken = pytest.mark.skipif(
@@ -308,7 +308,7 @@ def test_half_a_surrogate_pair_is_refused() -> None:
 
 
 def test_our_own_tokenizers_are_encoded_by_sentencepiece(tmp_path: Path) -> None:
-    from trainer.data.tokenize import load_tokenizer
+    from trainer.data.encode.tokenizer import load_tokenizer
 
     texts = [row["output"] for row in alpaca_rows(100, longest=20)]
     train_tokenizer(texts, 350, tmp_path / "tokenizer")

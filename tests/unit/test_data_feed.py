@@ -1,6 +1,5 @@
 import json
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
@@ -13,12 +12,12 @@ import pytest
 
 from tests.support.corpora import alpaca_rows, message_rows, recipe_of, save_tokenizer, tiny_store, write_json_lines
 from trainer.config.deepspeed import micro_batches
-from trainer.data.build import build_store
+from trainer.data.build.run import build_store
 from trainer.data.feed import IGNORED, Feed, MicroBatch, StepBatch, evaluation_batches, make_micro_batch
 from trainer.data.mixture import mixed_order
 from trainer.data.order import BlockOrder, GlobalOrder, Order
-from trainer.data.packing import RowPlan
 from trainer.data.store import TokenStore, open_store
+from trainer.data.store.packing import RowPlan
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +219,9 @@ def test_a_head_stands_in_front_and_only_the_window_is_a_target(tmp_path: Path) 
 
 
 class Formula:
-    """An array of a plan too large to exist: elements follow from their index."""
+    """An array of a plan too large to exist: elements follow from their index. `touched` counts those asked for."""
+
+    touched = 0
 
     def __init__(self, size: int, value: Callable[[Any], Any]) -> None:
         self._size, self._value = size, value
@@ -229,7 +230,9 @@ class Formula:
         return self._size
 
     def __getitem__(self, index: Any) -> Any:
-        return self._value(np.asarray(index, dtype=np.int64))
+        index = np.asarray(index, dtype=np.int64)
+        Formula.touched += index.size
+        return self._value(index)
 
 
 class HugePlan:
@@ -251,26 +254,25 @@ class HugePlan:
 
 
 @pytest.mark.parametrize("kind", ["global", "blocks", "mixture"])
-def test_the_first_batch_and_a_resume_take_no_longer_with_a_billion_rows(store: TokenStore, kind: str) -> None:
+def test_the_first_batch_and_a_resume_read_no_more_of_a_billion_rows_than_they_need(
+    store: TokenStore, kind: str
+) -> None:
     plan: Any = HugePlan(store)
     half = plan.n_rows // 2
     sources = [BlockOrder(half, seed, 20_000, 16) for seed in (1, 2)]
-    fastest = [1.0, 1.0]
-    for _ in range(3):
-        for index, position in enumerate((0, 3 * plan.n_rows + 123_456_789)):
-            began = time.perf_counter()
-            order: Order = {
-                "global": lambda: GlobalOrder(plan.n_rows, 7),
-                "blocks": lambda: BlockOrder(plan.n_rows, 7, 20_000, 16),
-                "mixture": lambda: mixed_order(sources, np.array([0, half]), [(10**6 + 7, [1, 2]), (None, [3, 1])], 7),
-            }[kind]()
-            feed = feed_in(store, plan, order, batch=64, world=8, micro=4)
-            feed.load_state_dict({"position": position})
-            with closing(feed):
-                feed.next_step()
-                fastest[index] = min(fastest[index], time.perf_counter() - began)
-    # 50 ms is the aim, seen to be met by far; a loaded machine gets a margin.
-    assert max(fastest) < 0.25
+    orders: dict[str, Callable[[], Order]] = {
+        "global": lambda: GlobalOrder(plan.n_rows, 7),
+        "blocks": lambda: BlockOrder(plan.n_rows, 7, 20_000, 16),
+        "mixture": lambda: mixed_order(sources, np.array([0, half]), [(10**6 + 7, [1, 2]), (None, [3, 1])], 7),
+    }
+    for position in (0, 3 * plan.n_rows + 123_456_789):
+        Formula.touched = 0
+        feed = feed_in(store, plan, orders[kind](), batch=64, world=8, micro=4)
+        feed.load_state_dict({"position": position})
+        with closing(feed):
+            feed.next_step()
+        # A few columns of the rows of this step and of those that are prepared ahead.
+        assert 64 <= Formula.touched < 64 * 100
 
 
 def test_errors_come_where_their_step_would_have_come(store: TokenStore) -> None:

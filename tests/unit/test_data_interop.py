@@ -9,10 +9,10 @@ import pytest
 
 import steadfast
 from tests.support.corpora import alpaca_rows, message_rows, recipe_of, tiny_store
-from trainer.data.build import build_store
-from trainer.data.diff import diff_stores
-from trainer.data.interop import export_store
+from trainer.data.build.run import build_store
 from trainer.data.store import TokenStore, open_store
+from trainer.data.store.diff import diff_stores
+from trainer.data.store.interop import export_store
 from trainer.errors import CannotWriteError
 
 

@@ -8,7 +8,7 @@ import pytest
 from trainer.config.document import parse
 from trainer.config.explain import explain, explanations, json_schema
 from trainer.config.words import keys
-from trainer.data.recipe import Recipe, load_recipe
+from trainer.data.build.recipe import Recipe, load_recipe
 from trainer.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]

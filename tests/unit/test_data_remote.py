@@ -20,12 +20,11 @@ import pytest
 from tests.support.corpora import message_rows, tiny_store
 from trainer.config.load import config_from_text
 from trainer.config.schema import Config
-from trainer.data import remote
 from trainer.data.feed import Feed, StepBatch
 from trainer.data.order import BlockOrder, Order
-from trainer.data.reader import MANIFEST, body_hash
-from trainer.data.remote import ShardCache, is_url
-from trainer.data.store import TokenStore, open_store
+from trainer.data.store import TokenStore, open_store, remote
+from trainer.data.store.reader import MANIFEST, body_hash
+from trainer.data.store.remote import ShardCache, is_url
 from trainer.errors import ConfigError, DataError, HangError, MissingInputError, UsageError
 from trainer.prepare import left_out, row_order, row_spec, source_epochs
 
@@ -249,7 +248,7 @@ def test_two_ranks_share_a_cache_and_one_of_them_fetches(
 OTHER_RANK = """
 import sys
 from pathlib import Path
-from trainer.data.remote import ShardCache
+from trainer.data.store.remote import ShardCache
 from trainer.data.store import open_store
 cache = ShardCache(Path(sys.argv[2]), 1 << 30, downloads=False, patience_seconds=60)
 store = open_store(sys.argv[1], cache=cache)

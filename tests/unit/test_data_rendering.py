@@ -9,9 +9,9 @@ import pytest
 
 from tests.support.corpora import conversation, tiny_tokenizer
 from tests.unit.test_data_templates import WEATHER
-from trainer.data import rendering
-from trainer.data.rendering import ChatTemplate
-from trainer.data.templates import DEFAULT_CHAT_TEMPLATE, Encoder
+from trainer.data.encode import rendering
+from trainer.data.encode.rendering import ChatTemplate
+from trainer.data.encode.templates import DEFAULT_CHAT_TEMPLATE, Encoder
 from trainer.errors import DataError
 
 # What chat templates use of the sandbox that transformers gives them.

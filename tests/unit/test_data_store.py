@@ -17,13 +17,12 @@ from tests.support.corpora import (
     write_json,
     write_json_lines,
 )
-from trainer.data import reader
-from trainer.data.build import build_store
-from trainer.data.packing import PLAN_ARRAYS, RowPlan
-from trainer.data.reader import MANIFEST
-from trainer.data.shards import read_arrays
-from trainer.data.store import open_store, verify_store
-from trainer.data.tokenize import load_tokenizer
+from trainer.data.build.run import build_store
+from trainer.data.encode.tokenizer import load_tokenizer
+from trainer.data.store import open_store, reader, verify_store
+from trainer.data.store.packing import PLAN_ARRAYS, RowPlan
+from trainer.data.store.reader import MANIFEST
+from trainer.data.store.shards import read_arrays
 from trainer.errors import CannotWriteError, DataError, MissingInputError, UsageError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from tests.support.corpora import conversation, default_tokenizer, tiny_tokenizer
-from trainer.data.records import Conversation, PlainText, Record, TokenIds
-from trainer.data.templates import (
+from trainer.data.encode.templates import (
     DEFAULT_CHAT_TEMPLATE,
     MARKERS,
     PREFIX,
@@ -17,6 +16,7 @@ from trainer.data.templates import (
     Encoder,
     LostStopToken,
 )
+from trainer.data.records import Conversation, PlainText, Record, TokenIds
 from trainer.errors import DataError, UsageError
 
 NO_MARKERS = re.sub(r"\{%-? (end)?generation %\}\n", "", DEFAULT_CHAT_TEMPLATE)

@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.corpora import alpaca_rows, conversation, tiny_tokenizer
-from trainer.data.stress_texts import STRESS_TEXTS
-from trainer.data.templates import Encoder
-from trainer.data.tokenize import fingerprint, load_tokenizer, padding_id, template_hash
-from trainer.data.tokenizer_training import TokenizerReport, train_tokenizer
+from trainer.data.encode.stress_texts import STRESS_TEXTS
+from trainer.data.encode.templates import Encoder
+from trainer.data.encode.tokenizer import fingerprint, load_tokenizer, padding_id, template_hash
+from trainer.data.encode.tokenizer_training import TokenizerReport, train_tokenizer
 from trainer.errors import CannotWriteError, DataError, UsageError
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from tests.support.corpora import alpaca_rows, save_tokenizer
-from trainer.data.fast_tokenizer import Twin, verified_twin
-from trainer.data.stress_texts import stress_texts
-from trainer.data.tokenize import load_tokenizer
+from trainer.data.encode.fast_tokenizer import Twin, verified_twin
+from trainer.data.encode.stress_texts import stress_texts
+from trainer.data.encode.tokenizer import load_tokenizer
 from trainer.errors import DataError
 
 TURNS = ["<|im_start|>", "<|im_end|>"]

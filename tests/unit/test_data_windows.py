@@ -1,12 +1,10 @@
-import time
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.data.packing import PlanSpec, pack, plan_rows, window_of
-from trainer.data.windows import SAMPLE_COLUMNS, cut_documents, cut_windows
+from trainer.data.store.packing import PlanSpec, pack, plan_rows, window_of
+from trainer.data.store.windows import SAMPLE_COLUMNS, cut_documents, cut_windows
 from trainer.errors import DataError, UsageError
 
 windows_and_overlaps = st.integers(2, 40).flatmap(lambda window: st.tuples(st.just(window), st.integers(1, window - 1)))
@@ -236,14 +234,6 @@ def test_packing_wastes_at_most_half_a_percent() -> None:
     docs = [Document(int(length), [(1, int(length))]) for length in chat_lengths(20_000)]
     plan = plan_rows(shards_of(docs, 5_000), PlanSpec(2048, 2048, 256), 1)
     assert 0 < plan.padding_share <= 0.005
-
-
-def test_packing_is_quick() -> None:
-    # A tenth of what is usual: only a fall back to something much slower shall fail here.
-    lengths = np.minimum(chat_lengths(100_000), 2048)
-    began = time.process_time()
-    pack(lengths, 2048)
-    assert len(lengths) / (time.process_time() - began) > 150_000
 
 
 def test_a_sample_longer_than_a_row_is_refused() -> None:

@@ -99,10 +99,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _build(arguments: argparse.Namespace) -> int:
-    from trainer.data.build import build_store
-    from trainer.data.build_progress import shown_progress
-    from trainer.data.recipe import load_recipe
-    from trainer.data.report import report_lines
+    from trainer.data.build.progress import shown_progress
+    from trainer.data.build.recipe import load_recipe
+    from trainer.data.build.report import report_lines
+    from trainer.data.build.run import build_store
 
     words: list[str] = arguments.overrides
     recipe_file = Path(words.pop(0)) if words and "=" not in words[0] else None
@@ -153,7 +153,7 @@ def _pair(word: str) -> tuple[str, str]:
 
 def _recipe(arguments: argparse.Namespace) -> int:
     from trainer.config.explain import explain, json_schema
-    from trainer.data.recipe import Recipe
+    from trainer.data.build.recipe import Recipe
 
     if arguments.json:
         print(json.dumps(json_schema(Recipe, "Steadfast recipe of a token store"), indent=2, ensure_ascii=False))
@@ -163,9 +163,9 @@ def _recipe(arguments: argparse.Namespace) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from trainer.data.inspect import inspect_rows, plain_row, show_rows
-    from trainer.data.report import source_lines
+    from trainer.data.build.report import source_lines
     from trainer.data.store import open_store
+    from trainer.data.store.inspect import inspect_rows, plain_row, show_rows
 
     store = open_store(arguments.store)
     rows = inspect_rows(store, arguments.first_row, arguments.rows)
@@ -203,9 +203,9 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _card(arguments: argparse.Namespace) -> int:
-    from trainer.data.describe import data_card
     from trainer.data.quality.card import card_html, show_card
     from trainer.data.store import open_store
+    from trainer.data.store.describe import data_card
     from trainer.durable import write_file
 
     card = data_card(open_store(arguments.store))
@@ -218,9 +218,9 @@ def _card(arguments: argparse.Namespace) -> int:
 
 
 def _leakage(arguments: argparse.Namespace) -> int:
-    from trainer.data.describe import leak_lines, store_texts
     from trainer.data.quality.leakage import find_leaks
     from trainer.data.store import open_store
+    from trainer.data.store.describe import leak_lines, store_texts
 
     if len(arguments.stores) < 2:
         raise UsageError("one store leaks nowhere", "give two or more")
@@ -237,8 +237,8 @@ def _leakage(arguments: argparse.Namespace) -> int:
 
 
 def _diff(arguments: argparse.Namespace) -> int:
-    from trainer.data.diff import diff_stores
     from trainer.data.store import open_store
+    from trainer.data.store.diff import diff_stores
 
     first, second = arguments.stores
     found = diff_stores(open_store(first), open_store(second))
@@ -251,8 +251,8 @@ def _diff(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from trainer.data.interop import export_store
     from trainer.data.store import open_store
+    from trainer.data.store.interop import export_store
 
     report = export_store(open_store(arguments.store), arguments.out, arguments.to)
     print(

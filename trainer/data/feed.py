@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 
 from trainer.config.deepspeed import micro_batches
 from trainer.data.order import Order
-from trainer.data.packing import RowPlan
-from trainer.data.reader import TokenStore
+from trainer.data.store.packing import RowPlan
+from trainer.data.store.reader import TokenStore
 from trainer.errors import DataError
 
 STEPS_AHEAD = 2

@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Train, write, report."""
     from dataclasses import asdict
 
-    from trainer.data.tokenizer_training import train_tokenizer
+    from trainer.data.encode.tokenizer_training import train_tokenizer
 
     texts = [text for path in arguments.input for text in texts_of(path)]
     report = train_tokenizer(texts, arguments.vocab_size, arguments.out)

@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 
 from trainer.config.load import document_from_text, load_document
 from trainer.config.schema import Count, CountOrZero, Flag, Fraction, NonNegativeFloat, PositiveFloat, Section
-from trainer.data.packing import LongText
+from trainer.data.store.packing import LongText
 
 Format = Literal["alpaca", "sharegpt", "messages", "completion", "text", "preference", "tokens"]
 Script = Literal["han", "latin", "kana", "hangul", "cyrillic", "arabic", "other"]
@@ -89,7 +89,7 @@ class Clean(Section):
     """Remove control characters (not tabs and line ends) and compose characters (Unicode NFC)."""
     pii: list[PiiKind] = Field(default=[])
     """Kinds of personal data that become placeholders like [EMAIL]."""
-    pii_salt: str = ""
+    pii_salt: Annotated[str, Field(examples=["pepper"])] = ""
     """With a salt equal values get equal placeholders: [EMAIL_1a2b3c4d]."""
 
 

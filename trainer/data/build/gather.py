@@ -12,22 +12,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.cli import VERSION
-from trainer.data.decide import Decision, RowTable, StorePlan
-from trainer.data.packing import PLAN_ARRAYS, PlanSpec, RowPlan, default_overlap
-from trainer.data.parts import Part
+from trainer.data.build.decide import Decision, RowTable, StorePlan
+from trainer.data.build.parts import Part
+from trainer.data.build.recipe import Recipe
+from trainer.data.build.report import SourceReport, Tally
+from trainer.data.build.shard_writer import ShardWriter, file_entry, take_documents
+from trainer.data.encode.tokenizer import TOKENIZER_FILES, fingerprint, load_tokenizer, padding_id, template_hash
 from trainer.data.quality.balance import class_weights
-from trainer.data.reader import (
+from trainer.data.store.packing import PLAN_ARRAYS, PlanSpec, RowPlan, default_overlap
+from trainer.data.store.reader import (
     MANIFEST,
     SCHEMA_VERSION,
     TokenStore,
     body_hash,
     content_fingerprint,
 )
-from trainer.data.recipe import Recipe
-from trainer.data.report import SourceReport, Tally
-from trainer.data.shard_writer import ShardWriter, file_entry, take_documents
-from trainer.data.shards import write_arrays
-from trainer.data.tokenize import TOKENIZER_FILES, fingerprint, load_tokenizer, padding_id, template_hash
+from trainer.data.store.shards import write_arrays
 from trainer.durable import sha256_of_file, write_errors, write_file, xxh3_of_file
 from trainer.errors import DataError, SteadfastError
 

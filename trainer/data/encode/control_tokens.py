@@ -17,7 +17,7 @@ from typing import Any
 
 from xxhash import xxh3_64_intdigest
 
-from trainer.data.fast_tokenizer import Twin, TwinMismatch
+from trainer.data.encode.fast_tokenizer import Twin, TwinMismatch
 from trainer.errors import DataError
 
 # Plane 15 private use: in no training text by accident; data that has them is refused. A template may escape them.
@@ -69,9 +69,8 @@ class TextEncoder:
         self._control_ids = {int(token["id"]) for token in control}
         # A proper beginning of a control token at the end of one string could meet its rest in the template or in the
         # next string, and the other way round.
-        self._beginnings = {text[:size] for text in self.contents for size in range(1, len(text))}
-        self._endings = {text[size:] for text in self.contents for size in range(1, len(text))}
-        self._longest = max(map(len, self.contents), default=0)
+        self._beginnings = tuple({text[:size] for text in self.contents for size in range(1, len(text))})
+        self._endings = tuple({text[size:] for text in self.contents for size in range(1, len(text))})
         self._normalized = definition["normalizer"] is not None and any(token["normalized"] for token in control)
         self._whole = Tokenizer.from_str(json.dumps(definition))
         others = [token for token in definition["added_tokens"] if int(token["id"]) not in self._control_ids]
@@ -165,11 +164,10 @@ class TextEncoder:
     def _guard_edges(self, text: str) -> str:
         """A lone mark where the text ends with the beginning, or begins with the end, of a control token."""
         stripped = text.rstrip()
-        sizes = range(1, min(self._longest, len(stripped) + 1))
-        if any(stripped[-size:] in self._beginnings for size in sizes):
+        if stripped.endswith(self._beginnings):
             text = stripped + _CLOSE + text[len(stripped) :]
         stripped = text.lstrip()
-        if any(stripped[:size] in self._endings for size in sizes):
+        if stripped.startswith(self._endings):
             text = text[: len(text) - len(stripped)] + _CLOSE + stripped
         return text
 

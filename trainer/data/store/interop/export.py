@@ -12,9 +12,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.interop.megatron import write_megatron
-from trainer.data.reader import TokenStore
 from trainer.data.sources.megatron import MASK
+from trainer.data.store.interop.megatron import write_megatron
+from trainer.data.store.reader import TokenStore
 from trainer.durable import sync_directory, sync_file, write_errors
 from trainer.errors import CannotWriteError
 

@@ -33,10 +33,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.control_tokens import TextEncoder
-from trainer.data.fast_tokenizer import Twin
+from trainer.data.encode.control_tokens import TextEncoder
+from trainer.data.encode.fast_tokenizer import Twin
+from trainer.data.encode.rendering import ChatTemplate
 from trainer.data.records import Conversation, Message, PlainText, Record, TokenIds
-from trainer.data.rendering import ChatTemplate
 from trainer.errors import DataError, UsageError
 
 _THINKING = re.compile(r"\s*<think>(.*?)</think>\n*(.*)", re.DOTALL)

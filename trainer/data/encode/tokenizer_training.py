@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.data.sentencepiece_model import SPACE, backend_of
-from trainer.data.stress_texts import STRESS_TEXTS
-from trainer.data.templates import DEFAULT_CHAT_TEMPLATE
+from trainer.data.encode.sentencepiece_model import SPACE, backend_of
+from trainer.data.encode.stress_texts import STRESS_TEXTS
+from trainer.data.encode.templates import DEFAULT_CHAT_TEMPLATE
 from trainer.durable import sync_directory, sync_file, write_errors, write_file
 from trainer.errors import CannotWriteError, DataError, UsageError
 

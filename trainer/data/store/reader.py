@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.packing import PLAN_ARRAYS, LongText, PlanSpec, RowPlan, default_overlap, plan_rows
-from trainer.data.remote import RemoteFile, ShardCache, fetch_bytes, is_url
-from trainer.data.shards import Arrays, CachedShards, LocalShards, Shards, read_arrays, read_errors, write_arrays
-from trainer.data.windows import lengths_of
+from trainer.data.store.packing import PLAN_ARRAYS, LongText, PlanSpec, RowPlan, default_overlap, plan_rows
+from trainer.data.store.remote import RemoteFile, ShardCache, fetch_bytes, is_url
+from trainer.data.store.shards import Arrays, CachedShards, LocalShards, Shards, read_arrays, read_errors, write_arrays
+from trainer.data.store.windows import lengths_of
 from trainer.durable import sha256_of_file, write_errors, xxh3_of_file
 from trainer.errors import DataError, HangError, MissingInputError, UsageError
 

@@ -10,8 +10,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from trainer.data.reader import SCHEMA_VERSION
-from trainer.data.shards import ragged, take_parts, write_arrays
+from trainer.data.store.reader import SCHEMA_VERSION
+from trainer.data.store.shards import ragged, take_parts, write_arrays
 from trainer.durable import write_errors
 from trainer.tensor_file import FileDigest
 

@@ -27,8 +27,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from trainer.data.sentencepiece_model import find_model, sentencepiece_encoder
-from trainer.data.stress_texts import stress_texts
+from trainer.data.encode.sentencepiece_model import find_model, sentencepiece_encoder
+from trainer.data.encode.stress_texts import stress_texts
 
 # Longer texts may hold runs that overflow the stack of tiktoken's expressions: they are looked at before.
 LONG_TEXT = 1 << 16

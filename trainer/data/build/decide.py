@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.parts import Part
+from trainer.data.build.parts import Part
+from trainer.data.build.recipe import Recipe
 from trainer.data.quality.balance import copies as balanced_copies
 from trainer.data.quality.duplicates import exact_duplicates, near_duplicates
 from trainer.data.quality.split import assign_splits, folds, split_by_time
-from trainer.data.recipe import Recipe
 
 DUPLICATE, NEAR_DUPLICATE = "exact duplicates", "near duplicates"
 OUT_OF_BALANCE = "rows left out of training for balance"

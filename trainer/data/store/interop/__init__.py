@@ -5,6 +5,6 @@ transformers wants them). Megatron's format knows no loss mask: it gets a second
 The other direction is `steadfast data build`: it reads Parquet with input_ids and Megatron files like any input.
 """
 
-from trainer.data.interop.export import export_store
+from trainer.data.store.interop.export import export_store
 
 __all__ = ["export_store"]

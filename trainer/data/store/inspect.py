@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from trainer.data.packing import RowPlan, window_of
+from trainer.data.encode.tokenizer import load_tokenizer
 from trainer.data.quality.card import MaskPart
-from trainer.data.reader import TokenStore
-from trainer.data.tokenize import load_tokenizer
+from trainer.data.store.packing import RowPlan, window_of
+from trainer.data.store.reader import TokenStore
 from trainer.errors import UsageError
 
 OPEN_MARK, CLOSE_MARK = "⟦", "⟧"

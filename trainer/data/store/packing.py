@@ -1,6 +1,6 @@
 """Samples to rows: online best-fit with a bounded number of open rows, and the plan that results.
 
-Best-fit over 64 open rows wastes about 0.3 % of the tokens at a sequence length of 2,048, close to sorting the whole
+Best-fit over 256 open rows wastes about 0.3 % of the tokens at a sequence length of 2,048, close to sorting the whole
 set, but needs no sort, keeps the order of the input (rows are not ordered by length) and is deterministic.
 """
 
@@ -14,10 +14,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.windows import SAMPLE_COLUMNS, Samples, check_window, count_targets, cut_documents, lengths_of
+from trainer.data.store.windows import SAMPLE_COLUMNS, Samples, check_window, count_targets, cut_documents, lengths_of
 from trainer.errors import DataError, UsageError
 
-OPEN_ROWS = 64
+OPEN_ROWS = 256
 _PACKED_AT_ONCE = 1 << 16
 
 LongText = Literal["windows", "truncate", "drop", "error"]
@@ -69,7 +69,8 @@ def pack(lengths: NDArray[np.int64], capacity: int, open_rows: int = OPEN_ROWS) 
     """The row of every sample, [samples] int64; rows are numbered in the order of their first sample.
 
     Each sample goes into the open row it fills best; when none has room a row is opened, and beyond `open_rows` the
-    fullest one is closed.
+    fullest one is closed. What lies in rows that are open at the end is packed once more, the longest first, which
+    saves a few rows: of a small set that is a whole percent.
 
     Raises:
         DataError: a sample is longer than `capacity` or empty.
@@ -78,6 +79,26 @@ def pack(lengths: NDArray[np.int64], capacity: int, open_rows: int = OPEN_ROWS) 
         raise DataError(
             f"a sample of {int(lengths.max())} tokens does not fit a row of {capacity}", "cut windows first"
         )
+    rows, still_open = _best_fit(lengths, capacity, open_rows)
+    members = np.flatnonzero(np.isin(rows, still_open))
+    longest_first = members[np.argsort(-lengths[members], kind="stable")]
+    again, _ = _best_fit(lengths[longest_first], capacity, open_rows)
+    if len(again) and int(again.max()) + 1 < len(still_open):
+        rows[longest_first] = again + len(lengths)  # beyond all other numbers
+        rows = _numbered_by_first_sample(rows)
+    return rows
+
+
+def _numbered_by_first_sample(rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    _, first, number = np.unique(rows, return_index=True, return_inverse=True)
+    rank = np.empty(len(first), dtype=np.int64)
+    rank[np.argsort(first)] = np.arange(len(first))
+    ranked: NDArray[np.int64] = rank[number]
+    return ranked
+
+
+def _best_fit(lengths: NDArray[np.int64], capacity: int, open_rows: int) -> tuple[NDArray[np.int64], list[int]]:
+    """The row of every sample, and the rows that are open at the end."""
     rows = np.empty(len(lengths), dtype=np.int64)
     # An open row is one small integer: free tokens in the high bits, its slot in the low ones; sorted by free tokens.
     # (Small: integers beyond 30 bits compare at half the speed.)
@@ -106,7 +127,7 @@ def pack(lengths: NDArray[np.int64], capacity: int, open_rows: int = OPEN_ROWS) 
             else:
                 unused.append(left)
         rows[begin : begin + len(found)] = found
-    return rows
+    return rows, [row_in_slot[row & slots] for row in opened]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trainer.data.stress_texts import stress_texts
+from trainer.data.encode.stress_texts import stress_texts
 from trainer.errors import DataError
 
 MODEL_NAMES = ("tokenizer.model", "sentencepiece.model", "spiece.model")

@@ -15,6 +15,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from trainer.data.build.recipe import Recipe
+from trainer.data.build.report import Tally
 from trainer.data.quality.augment import AugmentSpec, augmentations, load_synonyms
 from trainer.data.quality.decontaminate import EvalIndex, contamination
 from trainer.data.quality.duplicates import duplicate_key, signature
@@ -22,9 +24,7 @@ from trainer.data.quality.filters import LengthLimits, filter_reason, length_rea
 from trainer.data.quality.missing import abnormal_turn, fix_record
 from trainer.data.quality.pii import replace_pii_in
 from trainer.data.quality.text import identity_of, text_of
-from trainer.data.recipe import Recipe
 from trainer.data.records import Record, TokenIds
-from trainer.data.report import Tally
 from trainer.data.sources import RawRow
 from trainer.errors import DataError
 

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.remote import PROTECTED_STEPS, RemoteFile, ShardCache
+from trainer.data.store.remote import PROTECTED_STEPS, RemoteFile, ShardCache
 from trainer.errors import MissingInputError
 from trainer.tensor_file import DTYPE_NAMES, FileDigest, TensorFile, TensorFileWriter
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.data.inspect import decoded_parts
+from trainer.data.encode.tokenizer import load_tokenizer
 from trainer.data.quality.card import (
     DataCard,
     DuplicateFigures,
@@ -18,8 +18,8 @@ from trainer.data.quality.card import (
     length_figures,
 )
 from trainer.data.quality.leakage import LeakReport
-from trainer.data.reader import TokenStore
-from trainer.data.tokenize import load_tokenizer
+from trainer.data.store.inspect import decoded_parts
+from trainer.data.store.reader import TokenStore
 
 EXAMPLES = 6
 EXAMPLE_TOKENS = 600

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.reader import TokenStore
+from trainer.data.store.reader import TokenStore
 
 SHOWN = 5
 FACTS = {

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from trainer.data.sentencepiece_model import MODEL_NAMES, find_model, is_sentencepiece, tokenizer_from_model
+from trainer.data.encode.sentencepiece_model import MODEL_NAMES, find_model, is_sentencepiece, tokenizer_from_model
 from trainer.errors import DataError, MissingInputError
 
 PROBE_TEXTS = (

@@ -22,21 +22,20 @@ from typing import Any
 
 import xxhash
 
-from trainer.cli import VERSION
-from trainer.data.decide import decide, row_table
-from trainer.data.fast_tokenizer import NoTwin, Twin, TwinMismatch, verified_twin
-from trainer.data.gather import Build, plan_spec, write_stores
-from trainer.data.parts import REFUSED, Task, read_part
-from trainer.data.pool import Settings, encode_all
+from trainer.data.build.decide import decide, row_table
+from trainer.data.build.gather import Build, plan_spec, write_stores
+from trainer.data.build.parts import REFUSED, Task, read_part
+from trainer.data.build.pool import Settings, encode_all
+from trainer.data.build.recipe import Recipe
+from trainer.data.build.report import SourceReport
+from trainer.data.build.work import Work
+from trainer.data.encode.fast_tokenizer import NoTwin, Twin, TwinMismatch, verified_twin
+from trainer.data.encode.tokenizer import fingerprint, load_tokenizer, template_hash
 from trainer.data.quality.decontaminate import EvalIndex, build_index
 from trainer.data.quality.text import text_of
-from trainer.data.reader import MANIFEST
-from trainer.data.recipe import Recipe
 from trainer.data.records import Layout, Record, detect_layout, to_record
-from trainer.data.report import SourceReport
 from trainer.data.sources import Chunk, InputFile, RawRow, chunks, locate, read_rows
-from trainer.data.tokenize import fingerprint, load_tokenizer, template_hash
-from trainer.data.work import Work
+from trainer.data.store.reader import MANIFEST
 from trainer.durable import file_chunks, sha256_of_file, sync_directory, write_errors
 from trainer.errors import CannotWriteError, DataError
 
@@ -56,10 +55,11 @@ class Progress:
 
 @dataclass(frozen=True)
 class Input:
-    """One file of one source."""
+    """One file of one source; `written` is when its content last changed, to see whether it does while it is read."""
 
     source: int
     file: InputFile
+    written: int
 
 
 def build_store(
@@ -92,7 +92,7 @@ def build_store(
     tokenizer = load_tokenizer(Path(recipe.tokenizer))
     evaluation = _evaluation(recipe)
     identity = {
-        "version": VERSION,
+        "code": _code_hash(),
         "tokenizer": fingerprint(tokenizer),
         "template": template_hash(tokenizer),
         "recipe": recipe.model_dump(mode="json", exclude={"rows", "windows", "limits", "balance"}),
@@ -139,8 +139,24 @@ def check_target(out: Path, overwrite: bool) -> None:
 
 def _located(recipe: Recipe, spool: Path) -> list[Input]:
     return [
-        Input(number, file) for number, source in enumerate(recipe.sources) for file in locate(source.patterns, spool)
+        Input(number, file, _last_change(file.path))
+        for number, source in enumerate(recipe.sources)
+        for file in locate(source.patterns, spool)
     ]
+
+
+def _last_change(path: Path) -> int:
+    """When the content of a file, or of the newest file of a directory, last changed, in nanoseconds."""
+    files = [path] if path.is_file() else [item for item in path.rglob("*") if item.is_file()]
+    return max((file.stat().st_mtime_ns for file in files), default=0)
+
+
+def _code_hash() -> str:
+    """xxh3 of the source of this room: parts of another version of the code are never mixed in."""
+    digest = xxhash.xxh3_128()
+    for file in sorted(Path(__file__).parents[1].rglob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def _evaluation(recipe: Recipe) -> EvalIndex | None:
@@ -271,7 +287,7 @@ def _check_rows(recipe: Recipe, sources: Sequence[SourceReport]) -> None:
 def _described(entry: Input, digest: Future[tuple[int, str]]) -> dict[str, Any]:
     """What the manifest says of an input; DataError when it changed while it was read."""
     size, sha256 = digest.result()
-    if entry.file.path.is_file() and entry.file.path.stat().st_size != size:
+    if _last_change(entry.file.path) != entry.written:
         raise DataError(f"{entry.file.name} changed while it was read", "build again when it is complete")
     return {
         "name": entry.file.name,

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from trainer.data.build import Progress
+from trainer.data.build.run import Progress
 
 SECONDS_BETWEEN_LINES = 30.0
 
