@@ -15,7 +15,7 @@ import pytest
 from tools import bench
 from tools.benchmarks import corpus, measure, ours, packing, read, readers, startup
 from trainer.cli import run_command
-from trainer.data.packing import RowPlan
+from trainer.data.store.packing import RowPlan
 
 COMMANDS = {"bench": ("tools.bench", "measures")}
 
@@ -108,7 +108,7 @@ def test_a_computed_plan_answers_what_a_feed_asks_of_a_real_one(tmp_path: Path) 
     documents = corpus.rows_as_documents(ids, np.ones(ids.shape, dtype=np.uint8))
     ours.write_store(tmp_path / "store", documents, 32, 1 << 20)
     from trainer.data.feed import make_micro_batch
-    from trainer.data.reader import open_store
+    from trainer.data.store.reader import open_store
 
     store = open_store(tmp_path / "store")
     real, computed = store.plan(), ours.ComputedPlan(1_000_000_000, 6, 32, store.spec)

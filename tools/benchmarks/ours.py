@@ -51,18 +51,18 @@ def read_messages(paths: Sequence[Path]) -> tuple[list[dict[str, Any]], int]:
 
 def chat_template() -> str:
     """The template of the tokenizers that Steadfast trains."""
-    from trainer.data.templates import DEFAULT_CHAT_TEMPLATE
+    from trainer.data.encode.templates import DEFAULT_CHAT_TEMPLATE
 
     return DEFAULT_CHAT_TEMPLATE
 
 
 def tokenise(rows: str, tokenizer: str, digests: str) -> Facts:
     """Measure conversations to ids and mask; one digest a row goes to the file `digests`."""
-    from trainer.data.fast_tokenizer import Twin, verified_twin
+    from trainer.data.encode.fast_tokenizer import Twin, verified_twin
+    from trainer.data.encode.templates import Encoder
+    from trainer.data.encode.tokenizer import load_tokenizer
     from trainer.data.records import detect_layout, to_record
     from trainer.data.sources import read_rows
-    from trainer.data.templates import Encoder
-    from trainer.data.tokenize import load_tokenizer
 
     raw = list(read_rows(Path(rows)))
     layout = detect_layout(raw[0])
@@ -97,10 +97,10 @@ def row_digest(ids: Any, mask: Any) -> str:
 
 def write_store(path: Path, documents: TokenDocuments, sequence_length: int, shard_tokens: int) -> None:
     """A token store of documents that are tokenised already."""
-    from trainer.data.packing import PLAN_ARRAYS, PlanSpec, default_overlap, plan_rows
-    from trainer.data.reader import MANIFEST, SCHEMA_VERSION, body_hash
-    from trainer.data.shard_writer import ShardWriter, file_entry
-    from trainer.data.shards import read_arrays, write_arrays
+    from trainer.data.build.shard_writer import ShardWriter, file_entry
+    from trainer.data.store.packing import PLAN_ARRAYS, PlanSpec, default_overlap, plan_rows
+    from trainer.data.store.reader import MANIFEST, SCHEMA_VERSION, body_hash
+    from trainer.data.store.shards import read_arrays, write_arrays
 
     count = len(documents.offsets) - 1
     each = np.arange(count + 1, dtype=np.uint64)
@@ -145,7 +145,7 @@ def write_store(path: Path, documents: TokenDocuments, sequence_length: int, sha
 def stored_rows(path: Path, count: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """The first rows of a store: ids and targets, both int32 [rows, sequence length]."""
     from trainer.data.feed import make_micro_batch
-    from trainer.data.reader import open_store
+    from trainer.data.store.reader import open_store
 
     store = open_store(path)
     plan = store.plan()
@@ -162,7 +162,7 @@ def stored_rows(path: Path, count: int) -> tuple[NDArray[np.int32], NDArray[np.i
 def read(store: str, batch_size: int, rows: int) -> Facts:
     """Measure one epoch of a store in its shuffled order, as torch tensors; see `readers.measured_pass`."""
     from tools.benchmarks.readers import measured_pass
-    from trainer.data.reader import open_store
+    from trainer.data.store.reader import open_store
 
     def batches() -> Iterator[tuple[Any, Any]]:
         import torch
@@ -241,7 +241,7 @@ class ComputedPlan:
 
 def start(store: str, rows: int, batch_size: int) -> Facts:
     """Measure opening a store and the first batch of a plan of `rows` rows, and the same far inside its third epoch."""
-    from trainer.data.reader import open_store
+    from trainer.data.store.reader import open_store
 
     def first_batch(position: int) -> tuple[float, int]:
         with stopwatch() as watch:
@@ -264,7 +264,7 @@ def start(store: str, rows: int, batch_size: int) -> Facts:
 
 def pack(lengths: str, capacity: int) -> Facts:
     """Measure online best-fit over lengths."""
-    from trainer.data.packing import pack as pack_rows
+    from trainer.data.store.packing import pack as pack_rows
 
     sizes = np.load(lengths)
     pack_rows(sizes[:1000], capacity)
