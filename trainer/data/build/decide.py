@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from trainer.data.build.parts import Part
 from trainer.data.build.recipe import Recipe
-from trainer.data.build.report import DUPLICATE, NEAR_DUPLICATE
 from trainer.data.quality.balance import copies as balanced_copies
 from trainer.data.quality.duplicates import exact_duplicates, near_duplicates
 from trainer.data.quality.split import assign_splits, folds, split_by_time
+from trainer.data.store.report import DUPLICATE, NEAR_DUPLICATE
 
 OUT_OF_BALANCE = "rows left out of training for balance"
 LEFT_OUT = -1

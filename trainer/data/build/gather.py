@@ -15,7 +15,6 @@ from trainer.cli import VERSION
 from trainer.data.build.decide import Decision, RowTable, StorePlan
 from trainer.data.build.parts import Part
 from trainer.data.build.recipe import Recipe
-from trainer.data.build.report import SourceReport, Tally
 from trainer.data.build.shard_writer import ShardWriter, file_entry, take_documents
 from trainer.data.encode.tokenizer import TOKENIZER_FILES, fingerprint, load_tokenizer, padding_id, template_hash
 from trainer.data.quality.balance import class_weights
@@ -27,6 +26,7 @@ from trainer.data.store.reader import (
     body_hash,
     content_fingerprint,
 )
+from trainer.data.store.report import SourceReport, Tally
 from trainer.data.store.shards import write_arrays
 from trainer.durable import sha256_of_file, write_errors, write_file, xxh3_of_file
 from trainer.errors import DataError, SteadfastError

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from trainer.data.build.report import DUPLICATE, NEAR_DUPLICATE
 from trainer.data.encode.tokenizer import load_tokenizer
 from trainer.data.quality.card import (
     DataCard,
@@ -22,6 +21,7 @@ from trainer.data.quality.card import (
 from trainer.data.quality.leakage import LeakReport
 from trainer.data.store.inspect import decoded_parts
 from trainer.data.store.reader import TokenStore
+from trainer.data.store.report import DUPLICATE, NEAR_DUPLICATE
 
 EXAMPLES = 6
 EXAMPLE_TOKENS = 600
