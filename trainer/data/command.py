@@ -18,7 +18,7 @@ from typing import Any
 
 from trainer.errors import DataError, UsageError
 
-FORMATS = ("auto", "alpaca", "sharegpt", "messages", "completion", "text", "preference", "tokens")
+FORMATS = ("auto", "alpaca", "sharegpt", "messages", "completion", "continuation", "text", "preference", "tokens")
 EXPORTS = ("parquet", "megatron", "datasets")
 
 
