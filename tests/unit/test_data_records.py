@@ -246,7 +246,9 @@ def test_columns_with_names_of_their_own_are_mapped() -> None:
     record = read(value, mapping)
     assert isinstance(record, Conversation)
     assert said(record) == [("user", "q\nc"), ("assistant", "a")]
-    assert read(value, {"prompt": "frage", "completion": "antwort"}) == PlainText("q", "a", "data.jsonl:4")
+    record = read(value, {"prompt": "frage", "completion": "antwort"})
+    assert isinstance(record, Conversation)
+    assert said(record) == [("user", "q"), ("assistant", "a")]
     # A mapped column wins over one that has the key's own name.
     assert read({"text": "x", "body": "y"}, {"text": "body"}) == PlainText("", "y", "data.jsonl:4")
     with pytest.raises(DataError, match="'antwort' must be a string, this is number"):
@@ -275,18 +277,19 @@ def test_an_optional_column_that_the_first_row_lacked_is_read() -> None:
     assert isinstance(record, Conversation)
     assert record.tools == [{"type": "function", "function": {"name": "f"}}]
     assert record.messages[0] == {"role": "system", "content": "s"}
-    plain = layout_of({"prompt": "a", "completion": "b"})
-    with pytest.raises(DataError, match="'system' in a source whose first row has none"):
-        to_record(row({"prompt": "a", "completion": "b", "system": "s"}), plain)
-    # Formats that differ from row to row would be worse than a refusal; a column that is always there makes a chat.
-    chat = layout_of({"prompt": "a", "completion": "b", "system": None})
-    record = to_record(row({"prompt": "a", "completion": "b"}), chat)
-    assert isinstance(record, Conversation)
-    assert said(record) == [("user", "a"), ("assistant", "b")]
+    late = to_record(
+        row({"prompt": "a", "completion": "b", "system": "s"}), layout_of({"prompt": "a", "completion": "b"})
+    )
+    assert isinstance(late, Conversation)
+    assert said(late) == [("system", "s"), ("user", "a"), ("assistant", "b")]
 
 
 def test_prompt_and_completion() -> None:
-    assert read({"query": "q", "response": "r"}) == PlainText("q", "r", "data.jsonl:4")
+    record = read({"query": "q", "response": "r"})
+    assert isinstance(record, Conversation)
+    assert (said(record), record.trained) == ([("user", "q"), ("assistant", "r")], None)
+    plain = Layout("continuation", {"prompt": "query", "completion": "response"})
+    assert to_record(row({"query": "q", "response": "r"}), plain) == PlainText("q", "r", "data.jsonl:4")
     record = read({"prompt": [{"role": "system", "content": "s"}, *CHAT, CHAT[0]], "completion": [CHAT[1], *CHAT]})
     assert isinstance(record, Conversation)
     assert record.trained == (False, False, False, False, True, False, True)
@@ -332,7 +335,9 @@ def test_the_chosen_answer_is_the_target(value: dict[str, Any], trained: tuple[b
 
 def test_preference_texts() -> None:
     pair = {"prompt": "q", "chosen": "good", "rejected": "bad"}
-    assert read(pair) == PlainText("q", "good", "data.jsonl:4")
+    record = read(pair)
+    assert isinstance(record, Conversation)
+    assert said(record) == [("user", "q"), ("assistant", "good")]
     with pytest.raises(DataError, match="'chosen' has no prompt"):
         read({"chosen": "Human: q Assistant: good", "rejected": "bad"})
     with pytest.raises(DataError, match="'chosen' does not begin with 'prompt'"):

@@ -18,7 +18,7 @@ from typing import Any
 
 from trainer.errors import DataError, UsageError
 
-FORMATS = ("auto", "alpaca", "sharegpt", "messages", "completion", "text", "preference", "tokens")
+FORMATS = ("auto", "alpaca", "sharegpt", "messages", "completion", "continuation", "text", "preference", "tokens")
 EXPORTS = ("parquet", "megatron", "datasets")
 
 
@@ -101,8 +101,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _build(arguments: argparse.Namespace) -> int:
     from trainer.data.build.progress import shown_progress
     from trainer.data.build.recipe import load_recipe
-    from trainer.data.build.report import report_lines
     from trainer.data.build.run import build_store
+    from trainer.data.store.report import report_lines
 
     words: list[str] = arguments.overrides
     recipe_file = Path(words.pop(0)) if words and "=" not in words[0] else None
@@ -163,9 +163,9 @@ def _recipe(arguments: argparse.Namespace) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from trainer.data.build.report import source_lines
     from trainer.data.store import open_store
     from trainer.data.store.inspect import inspect_rows, plain_row, show_rows
+    from trainer.data.store.report import source_lines
 
     store = open_store(arguments.store)
     rows = inspect_rows(store, arguments.first_row, arguments.rows)

@@ -19,8 +19,8 @@ from trainer.data.build.recipe import Recipe
 from trainer.data.quality.balance import copies as balanced_copies
 from trainer.data.quality.duplicates import exact_duplicates, near_duplicates
 from trainer.data.quality.split import assign_splits, folds, split_by_time
+from trainer.data.store.report import DUPLICATE, NEAR_DUPLICATE
 
-DUPLICATE, NEAR_DUPLICATE = "exact duplicates", "near duplicates"
 OUT_OF_BALANCE = "rows left out of training for balance"
 LEFT_OUT = -1
 

@@ -15,7 +15,6 @@ from trainer.cli import VERSION
 from trainer.data.build.decide import Decision, RowTable, StorePlan
 from trainer.data.build.parts import Part
 from trainer.data.build.recipe import Recipe
-from trainer.data.build.report import SourceReport, Tally
 from trainer.data.build.shard_writer import ShardWriter, file_entry, take_documents
 from trainer.data.encode.tokenizer import TOKENIZER_FILES, fingerprint, load_tokenizer, padding_id, template_hash
 from trainer.data.quality.balance import class_weights
@@ -27,11 +26,10 @@ from trainer.data.store.reader import (
     body_hash,
     content_fingerprint,
 )
+from trainer.data.store.report import SourceReport, Tally
 from trainer.data.store.shards import write_arrays
 from trainer.durable import sha256_of_file, write_errors, write_file, xxh3_of_file
 from trainer.errors import DataError, SteadfastError
-
-LENGTH_BINS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 
 
 def plan_spec(recipe: Recipe) -> PlanSpec:
@@ -107,7 +105,6 @@ def _write_store(
         "padding_id": padding_id(tokenizer),
         "labels": list(table.labels),
         "class_weights": _class_weights(table, copies),
-        "lengths": _histogram(chosen["length"]),
         "sources": [asdict(source) for source in here],
         "inputs": [dict(entry) for entry in build.inputs],
         "recipe": recipe.model_dump(mode="json"),
@@ -276,13 +273,6 @@ def _class_weights(table: RowTable, copies: NDArray[np.int32]) -> dict[str, floa
         return {}
     counts = np.bincount(table.label[labelled], weights=copies[labelled], minlength=len(table.labels))
     return class_weights({name: int(count) for name, count in zip(table.labels, counts, strict=True) if count})
-
-
-def _histogram(lengths: NDArray[np.int64]) -> dict[str, int]:
-    """Documents by length: {"16": up to 16 tokens, ..., "longer": beyond the last bin}."""
-    bins = np.searchsorted(LENGTH_BINS, lengths, side="left")
-    counts = np.bincount(bins, minlength=len(LENGTH_BINS) + 1)
-    return {str(name): int(count) for name, count in zip([*LENGTH_BINS, "longer"], counts, strict=True)}
 
 
 def _write_lists(directory: Path, build: Build) -> None:

@@ -23,11 +23,11 @@ import xxhash
 from numpy.typing import NDArray
 
 from trainer.data.build.recipe import Recipe
-from trainer.data.build.report import SourceReport, source_report
 from trainer.data.build.row_steps import Facts, RowSteps
 from trainer.data.encode.templates import Encoded, Encoder, LostStopToken
 from trainer.data.records import Conversation, Layout, Record, to_record
 from trainer.data.sources import BadRow, Chunk, RawRow
+from trainer.data.store.report import SourceReport, source_report
 from trainer.data.store.shards import ragged, write_arrays
 from trainer.durable import write_errors
 from trainer.errors import DataError

@@ -15,13 +15,13 @@ from typing import Any
 
 from trainer.data.build.parts import PartEncoder, Task, read_part
 from trainer.data.build.recipe import Recipe
-from trainer.data.build.report import SourceReport
 from trainer.data.build.row_steps import RowSteps
 from trainer.data.build.work import Work
 from trainer.data.encode.fast_tokenizer import Twin, verified_twin
 from trainer.data.encode.templates import Encoder
 from trainer.data.encode.tokenizer import load_tokenizer
 from trainer.data.quality.decontaminate import EvalIndex
+from trainer.data.store.report import SourceReport
 from trainer.errors import PeerLostError
 from trainer.orphans import die_with_parent
 

@@ -17,7 +17,7 @@ from trainer.config.load import document_from_text, load_document
 from trainer.config.schema import Count, CountOrZero, Flag, Fraction, NonNegativeFloat, PositiveFloat, Section
 from trainer.data.store.packing import LongText
 
-Format = Literal["alpaca", "sharegpt", "messages", "completion", "text", "preference", "tokens"]
+Format = Literal["alpaca", "sharegpt", "messages", "completion", "continuation", "text", "preference", "tokens"]
 Script = Literal["han", "latin", "kana", "hangul", "cyrillic", "arabic", "other"]
 PiiKind = Literal["email", "phone", "cn_mobile", "cn_id", "card", "iban", "ipv4", "ipv6", "api_key"]
 

@@ -16,7 +16,6 @@ import xxhash
 from numpy.typing import NDArray
 
 from trainer.data.build.recipe import Recipe
-from trainer.data.build.report import Tally
 from trainer.data.quality.augment import AugmentSpec, augmentations, load_synonyms
 from trainer.data.quality.decontaminate import EvalIndex, contamination
 from trainer.data.quality.duplicates import duplicate_key, signature
@@ -26,6 +25,7 @@ from trainer.data.quality.pii import replace_pii_in
 from trainer.data.quality.text import identity_of, text_of
 from trainer.data.records import Record, TokenIds
 from trainer.data.sources import RawRow
+from trainer.data.store.report import Tally
 from trainer.errors import DataError
 
 CONTAMINATED = "rows with text of the evaluation files"

@@ -27,7 +27,6 @@ from trainer.data.build.gather import Build, plan_spec, write_stores
 from trainer.data.build.parts import REFUSED, Task, read_part
 from trainer.data.build.pool import Settings, encode_all
 from trainer.data.build.recipe import Recipe
-from trainer.data.build.report import SourceReport
 from trainer.data.build.work import Work
 from trainer.data.encode.fast_tokenizer import NoTwin, Twin, TwinMismatch, verified_twin
 from trainer.data.encode.tokenizer import fingerprint, load_tokenizer, template_hash
@@ -36,6 +35,7 @@ from trainer.data.quality.text import text_of
 from trainer.data.records import Layout, Record, detect_layout, to_record
 from trainer.data.sources import Chunk, InputFile, RawRow, chunks, locate, read_rows
 from trainer.data.store.reader import MANIFEST
+from trainer.data.store.report import SourceReport
 from trainer.durable import file_chunks, sha256_of_file, sync_directory, write_errors
 from trainer.errors import CannotWriteError, DataError
 

@@ -270,7 +270,7 @@ class Encoder:
             if not self.tokenizer.chat_template:
                 raise DataError(
                     f"{conversation.place}: the tokenizer has no chat template, which conversations need",
-                    "add chat_template.jinja to its directory",
+                    "add chat_template.jinja to its directory, or build plain text: --format continuation or text",
                 )
             try:
                 source = str(self.tokenizer.get_chat_template(None, conversation.tools))

@@ -3,7 +3,8 @@
     alpaca      {"instruction", "input"?, "output", "system"?, "history"?: [[question, answer], ...]}
     sharegpt    {"conversations": [{"from", "value"} or {"role", "content"}], "tools"?, "system"?}
     messages    {"messages": [{"role", "content", "tool_calls"?, ...}], "tools"?, "system"?}            (OpenAI)
-    completion  {"prompt", "completion"}: both text, or both lists of messages; "system"? and "tools"? make it a chat
+    completion  {"prompt", "completion", "system"?, "tools"?}: both text, or both lists of messages; a chat
+    continuation  {"prompt", "completion"}: plain text, one right after the other; only when told
     preference  {"prompt"?, "chosen", "rejected"}: `chosen` is the target, `rejected` is passed over
     text        {"text"}
     tokens      {"input_ids", "labels" or "loss_mask"?}
@@ -21,7 +22,7 @@ from collections.abc import Callable
 from trainer.data.records.conversations import from_alpaca, from_messages, from_sharegpt
 from trainer.data.records.fields import RowView, refuse_unsupported
 from trainer.data.records.layout import FORMATS, Layout, columns_of, detect_layout
-from trainer.data.records.pairs import from_completion, from_preference
+from trainer.data.records.pairs import from_completion, from_continuation, from_preference
 from trainer.data.records.record import Conversation, Message, PlainText, Record, TokenIds
 from trainer.data.records.texts import from_text, from_tokens
 from trainer.data.sources import RawRow
@@ -43,6 +44,7 @@ _READERS: dict[str, Callable[[RowView], Record]] = {
     "sharegpt": from_sharegpt,
     "messages": from_messages,
     "completion": from_completion,
+    "continuation": from_continuation,
     "preference": from_preference,
     "text": from_text,
     "tokens": from_tokens,
@@ -57,4 +59,4 @@ def to_record(row: RawRow, layout: Layout) -> Record:
     """
     columns = columns_of(row, layout)
     refuse_unsupported(row.value, row.place, columns.values())
-    return _READERS[layout.format](RowView(row.value, columns, row.place, layout.mapping))
+    return _READERS[layout.format](RowView(row.value, columns, row.place))

@@ -21,15 +21,11 @@ SHOWN = 40
 
 @dataclass(frozen=True)
 class RowView:
-    """A row under canonical names: `columns` says which column of `value` holds which key; keys it lacks are absent.
-
-    `usual` are the keys that the source has as a whole, by its first row.
-    """
+    """A row under canonical names: `columns` says which column of `value` holds which key; keys it lacks are absent."""
 
     value: dict[str, Any]
     columns: dict[str, str]
     place: str
-    usual: Collection[str]
 
     def get(self, key: str) -> Any:
         """The value, or None when it is null or absent."""

@@ -46,6 +46,7 @@ FORMATS: dict[str, Format] = {
     "completion": Format(
         ("prompt", "completion"), ("system", "tools"), {"prompt": _PROMPTS, "completion": _COMPLETIONS, **_TOOLS}
     ),
+    "continuation": Format(("prompt", "completion"), (), {"prompt": _PROMPTS, "completion": _COMPLETIONS}),
     "preference": Format(
         ("chosen",),
         ("prompt", "rejected", "system", "tools"),

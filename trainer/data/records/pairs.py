@@ -1,4 +1,4 @@
-"""Rows that hold a prompt and what shall follow it: prompt and completion, and preference pairs."""
+"""Rows that hold a prompt and what shall follow it: completions, continuations and preference pairs."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from trainer.data.sources import name_of_type
 from trainer.errors import DataError
 
 
-def from_completion(row: RowView) -> Conversation | PlainText:
-    """Two texts are plain text, or a chat when the row has a column for system or tools; two lists are a chat."""
+def from_completion(row: RowView) -> Conversation:
+    """A chat: two texts are a turn of the user and one of the assistant, two lists are turns."""
     prompt, completion = row.get("prompt"), row.get("completion")
     if isinstance(prompt, list) and isinstance(completion, (list, dict)):
         messages, flags = read_messages(prompt, row.name("prompt"), row.place)
@@ -27,7 +27,12 @@ def from_completion(row: RowView) -> Conversation | PlainText:
     return _from_strings(row, "completion")
 
 
-def from_preference(row: RowView) -> Conversation | PlainText:
+def from_continuation(row: RowView) -> PlainText:
+    """Two texts, one right after the other, without a chat template."""
+    return PlainText(row.text("prompt"), row.text("completion"), row.place)
+
+
+def from_preference(row: RowView) -> Conversation:
     """`chosen` is the target: a text, a message, or messages, which may begin with the prompt."""
     name, place = row.name("chosen"), row.place
     prompt, chosen = row.get("prompt"), row.get("chosen")
@@ -58,17 +63,8 @@ def from_preference(row: RowView) -> Conversation | PlainText:
     return assemble(row, *after, untrained=count)
 
 
-def _from_strings(row: RowView, target: str) -> Conversation | PlainText:
-    prompt, answer = row.text("prompt"), row.text(target)
-    chat = [key for key in ("system", "tools") if key in row.columns]
-    if not any(key in row.usual for key in chat):
-        if any(row.get(key) for key in chat):
-            raise DataError(
-                f"{row.place}: '{row.name(chat[0])}' in a source whose first row has none, so that it is plain text",
-                f"give the first row an empty '{row.name(chat[0])}' to make every row a chat",
-            )
-        return PlainText(prompt, answer, row.place)
-    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+def _from_strings(row: RowView, target: str) -> Conversation:
+    messages = [{"role": "user", "content": row.text("prompt")}, {"role": "assistant", "content": row.text(target)}]
     return assemble(row, messages, [None, None])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from trainer.data.quality.card import (
 from trainer.data.quality.leakage import LeakReport
 from trainer.data.store.inspect import decoded_parts
 from trainer.data.store.reader import TokenStore
+from trainer.data.store.report import DUPLICATE, NEAR_DUPLICATE
 
 EXAMPLES = 6
 EXAMPLE_TOKENS = 600
@@ -34,7 +36,6 @@ def data_card(store: TokenStore) -> DataCard:
     return {
         "title": f"Data card: {store.name}",
         "facts": {
-            "documents": f"{manifest['documents']:,}",
             "rows": f"{manifest['rows']:,} of {plan['sequence_length']:,} tokens",
             "padding": f"{manifest['padding_share']:.2%}",
             "long text": f"{plan['long_text']}, windows of {plan['window']:,} overlap by {plan['overlap']:,}",
@@ -88,23 +89,21 @@ def _source(source: Mapping[str, Any]) -> SourceFigures:
 
 
 def _duplicates(store: TokenStore) -> DuplicateFigures:
-    counts = {"exact": 0, "near": 0}
-    for source in store.manifest["sources"]:
-        for tally in (source["left_out"]["counts"], source["notes"]["counts"]):
-            for reason, count in tally.items():
-                kind = reason.split(" ")[0]
-                if "duplicates" in reason and kind in counts:
-                    counts[kind] += count
+    """Duplicates that were left out; those that were kept are among the notes."""
+    left_out = [source["left_out"]["counts"] for source in store.manifest["sources"]]
     examples: list[DuplicatePair] = []
     file = store.path / "reports/left_out.jsonl"
     if file.is_file():
         with file.open(encoding="utf-8") as stream:
-            for line in stream:
-                entry = json.loads(line)
-                if "repeats" in entry and len(examples) < PAIRS_SHOWN:
-                    kind = entry["reason"].split(" ")[0]
-                    examples.append({"kept": entry["repeats"], "dropped": entry["place"], "kind": kind})
-    return {"exact": counts["exact"], "near": counts["near"], "examples": examples}
+            dropped = (entry for entry in map(json.loads, stream) if "repeats" in entry and not entry["kept"])
+            for entry in islice(dropped, PAIRS_SHOWN):
+                kind = "exact" if entry["reason"] == DUPLICATE else "near"
+                examples.append({"kept": entry["repeats"], "dropped": entry["place"], "kind": kind})
+    return {
+        "exact": sum(counts.get(DUPLICATE, 0) for counts in left_out),
+        "near": sum(counts.get(NEAR_DUPLICATE, 0) for counts in left_out),
+        "examples": examples,
+    }
 
 
 def _examples(store: TokenStore) -> Iterator[MaskExample]:

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+DUPLICATE, NEAR_DUPLICATE = "exact duplicates", "near duplicates"
+
 
 @dataclass
 class Tally:
