@@ -150,7 +150,8 @@ class TensorFile:
         entry = self.entries[name]
         width = DTYPE_BYTES[entry.dtype]
         if self._bytes is None:
-            self._bytes = np.memmap(self.path, dtype=np.uint8, mode="r")
+            # As a plain array: every slice of a memmap object costs several times as much.
+            self._bytes = np.asarray(np.memmap(self.path, dtype=np.uint8, mode="r"))
         total = (entry.end - entry.begin) // width
         stop = total if count is None else start + count
         if not 0 <= start <= stop <= total:

@@ -13,7 +13,8 @@ import pytest
 from tests.support.corpora import alpaca_rows, message_rows, recipe_of, save_tokenizer, tiny_store, write_json_lines
 from trainer.config.deepspeed import micro_batches
 from trainer.data.build.run import build_store
-from trainer.data.feed import IGNORED, Feed, MicroBatch, StepBatch, evaluation_batches, make_micro_batch
+from trainer.data.feed import Feed, StepBatch, evaluation_batches
+from trainer.data.micro_batch import IGNORED, MicroBatch, make_micro_batch
 from trainer.data.mixture import mixed_order
 from trainer.data.order import BlockOrder, GlobalOrder, Order
 from trainer.data.store import TokenStore, open_store

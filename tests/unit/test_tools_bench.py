@@ -107,7 +107,7 @@ def test_a_computed_plan_answers_what_a_feed_asks_of_a_real_one(tmp_path: Path) 
     ids = np.arange(3, 3 + 6 * 32, dtype=np.int32).reshape(6, 32)
     documents = corpus.rows_as_documents(ids, np.ones(ids.shape, dtype=np.uint8))
     ours.write_store(tmp_path / "store", documents, 32, 1 << 20)
-    from trainer.data.feed import make_micro_batch
+    from trainer.data.micro_batch import make_micro_batch
     from trainer.data.store.reader import open_store
 
     store = open_store(tmp_path / "store")

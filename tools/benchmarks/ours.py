@@ -144,7 +144,7 @@ def write_store(path: Path, documents: TokenDocuments, sequence_length: int, sha
 
 def stored_rows(path: Path, count: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """The first rows of a store: ids and targets, both int32 [rows, sequence length]."""
-    from trainer.data.feed import make_micro_batch
+    from trainer.data.micro_batch import make_micro_batch
     from trainer.data.store.reader import open_store
 
     store = open_store(path)

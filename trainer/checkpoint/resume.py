@@ -26,7 +26,8 @@ from trainer.checkpoint.verify import (
     verify_files,
 )
 from trainer.cli import VERSION
-from trainer.data.feed import IGNORED, Feed, MicroBatch
+from trainer.data.feed import Feed
+from trainer.data.micro_batch import IGNORED, MicroBatch
 from trainer.durable import sync_file, write_file
 from trainer.engine.device import generator_states, set_generator_states
 from trainer.engine.partitions import true_shape

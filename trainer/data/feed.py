@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trainer.config.deepspeed import micro_batches
+from trainer.data.micro_batch import EMPTY_ROW, MicroBatch, make_micro_batch
 from trainer.data.order import Order
 from trainer.data.store.packing import RowPlan
 from trainer.data.store.reader import TokenStore
@@ -29,24 +30,6 @@ from trainer.errors import DataError
 STEPS_AHEAD = 2
 ROWS_ORDERED_AT_ONCE = 1024
 CLOSE_SECONDS = 10.0
-# The target of a position that predicts nothing; torch's losses ignore it by default.
-IGNORED = -100
-LENGTH_MULTIPLE = 16
-EMPTY_ROW = -1
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """One rank's rows of one micro-batch; three int64 arrays [micro_batch, length].
-
-    `targets[i, t]` is the id that position t must predict (already shifted), or IGNORED. A target never crosses the
-    border of a sample. `position_ids` restart at 0 with every sample, and in the padded tail, which is a segment of its
-    own.
-    """
-
-    input_ids: NDArray[np.int64]
-    targets: NDArray[np.int64]
-    position_ids: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -235,53 +218,3 @@ def _deal(rows: NDArray[np.int64], micro_batch_size: int, rank: int, world_size:
     slots = np.full((count, world_size, micro_batch_size), EMPTY_ROW, dtype=np.int64)
     slots.reshape(-1)[: len(rows)] = rows
     yield from slots[:, rank]
-
-
-def make_micro_batch(store: TokenStore, plan: RowPlan, rows: Sequence[int] | NDArray[np.int64]) -> MicroBatch:
-    """Assemble rows (EMPTY_ROW for an empty one).
-
-    Packed rows have the plan's sequence length. Unpacked rows are padded to the longest of them, rounded up to a
-    multiple of 16 and never beyond the sequence length.
-    """
-    length = plan.sequence_length
-    if not plan.spec.packing:
-        longest = max((int(plan.tokens[row]) for row in rows if row != EMPTY_ROW), default=1)
-        length = min(-(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, length)
-    shape = (len(rows), length)
-    input_ids = np.full(shape, store.padding_id, dtype=np.int64)
-    targets = np.full(shape, IGNORED, dtype=np.int64)
-    position_ids = np.empty(shape, dtype=np.int64)
-    for index, row in enumerate(rows):
-        at = 0
-        for sample in plan.samples_of(int(row)) if row != EMPTY_ROW else ():
-            at += _write_sample(
-                store, plan, int(sample), input_ids[index, at:], targets[index, at:], position_ids[index, at:]
-            )
-        position_ids[index, at:] = np.arange(length - at)
-    return MicroBatch(input_ids, targets, position_ids)
-
-
-def _write_sample(
-    store: TokenStore,
-    plan: RowPlan,
-    sample: int,
-    input_ids: NDArray[np.int64],
-    targets: NDArray[np.int64],
-    position_ids: NDArray[np.int64],
-) -> int:
-    """Write one sample at the beginning of the given views; returns its length."""
-    start, stop, first, head = (int(column[sample]) for column in (plan.start, plan.stop, plan.first_target, plan.head))
-    ids, spans = store.document(int(plan.document[sample]))
-    size = head + stop - start
-    input_ids[:head] = ids[:head]
-    input_ids[head:size] = ids[start:stop]
-    position_ids[:size] = np.arange(size)
-    shift = head - start - 1
-    # Spans are sorted: begin with the first that ends after `first`.
-    for begin, end in spans[int(np.searchsorted(spans[:, 1], first, side="right")) :].tolist():
-        if begin >= stop:
-            break
-        low, high = max(begin, first), min(end, stop)
-        # Document position t is predicted from position t - 1.
-        targets[low + shift : high + shift] = ids[low:high]
-    return size

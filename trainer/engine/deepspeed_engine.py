@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config.deepspeed import offloads_optimizer, zero_stage
-from trainer.data.feed import MicroBatch
+from trainer.data.micro_batch import MicroBatch
 from trainer.engine import partitions
 from trainer.engine.device import DeviceType, adamw
 from trainer.engine.partitions import OwnedSlice

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from trainer.data.feed import MicroBatch
+from trainer.data.micro_batch import MicroBatch
 from trainer.engine.device import DeviceType
 from trainer.engine.partitions import OwnedSlice
 

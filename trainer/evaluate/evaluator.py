@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from trainer import collectives
-from trainer.data.feed import IGNORED, MicroBatch
+from trainer.data.micro_batch import IGNORED, MicroBatch
 from trainer.engine.protocol import Engine
 
 

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from trainer.data.feed import IGNORED, MicroBatch
+from trainer.data.micro_batch import IGNORED, MicroBatch
 from trainer.engine.protocol import Engine
 from trainer.errors import DataError
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from trainer.data.feed import IGNORED
+from trainer.data.micro_batch import IGNORED
 from trainer.objective.cross_entropy import summed_cross_entropy
 
 BENT_LOGITS = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0}

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -238,6 +238,18 @@ class TokenStore:
 
     def _shard_of(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
         return np.searchsorted(self._first_document, documents, side="right") - 1
+
+    def by_shard(self, documents: NDArray[np.int64]) -> Iterator[tuple[Arrays, NDArray[np.int64], NDArray[np.int64]]]:
+        """Documents by the shard they are in: its arrays, which of `documents` these are, their numbers in the shard.
+
+        Raises IndexError when there is no such document.
+        """
+        if len(documents) and not 0 <= int(documents.min()) <= int(documents.max()) < self.n_documents:
+            raise IndexError(f"documents {documents.min()} to {documents.max()} of {self.n_documents}")
+        numbers = self._shard_of(documents)
+        for number in np.unique(numbers).tolist():
+            chosen = np.flatnonzero(numbers == number)
+            yield self._shards.shard(number), chosen, documents[chosen] - self._first_document[number]
 
     def _locate(self, index: int) -> tuple[Arrays, int]:
         if not 0 <= index < self.n_documents:

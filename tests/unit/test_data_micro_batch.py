@@ -1,0 +1,63 @@
+"""The assembled arrays against an assembly that is too simple to be wrong."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.support.corpora import alpaca_rows, message_rows, tiny_store
+from trainer.data.micro_batch import EMPTY_ROW, IGNORED, make_micro_batch
+from trainer.data.store import TokenStore
+from trainer.data.store.packing import RowPlan
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
+    system = {"role": "system", "content": "be brief"}
+    long = [{"messages": [system, *row["messages"]]} for row in message_rows(6, seed=3, turns=9, longest=20)]
+    rows = [*message_rows(30, seed=1, turns=3), *long, *alpaca_rows(20, longest=40)]
+    return tiny_store(tmp_path_factory.mktemp("batch"), rows, sequence_length=128, shard_tokens=900)
+
+
+def assembled(store: TokenStore, plan: RowPlan, rows: list[int], length: int) -> list[np.ndarray]:
+    ids = np.full((len(rows), length), store.padding_id)
+    targets = np.full((len(rows), length), IGNORED)
+    positions = np.zeros((len(rows), length), dtype=int)
+    for index, row in enumerate(rows):
+        at = 0
+        for sample in plan.samples_of(row).tolist() if row != EMPTY_ROW else []:
+            start, stop, first, head = (
+                int(column[sample]) for column in (plan.start, plan.stop, plan.first_target, plan.head)
+            )
+            document, spans = store.document(int(plan.document[sample]))
+            places = [*range(head), *range(start, stop)]
+            for n, t in enumerate(places):
+                ids[index, at + n] = document[t]
+                positions[index, at + n] = n
+                if n >= head and t >= first and any(begin <= t < end for begin, end in spans.tolist()):
+                    targets[index, at + n - 1] = document[t]
+            at += len(places)
+        positions[index, at:] = range(length - at)
+    return [ids, targets, positions]
+
+
+@pytest.mark.parametrize("spec", [{}, {"pin_prefix": True}, {"packing": False}, {"sequence_length": 64, "overlap": 9}])
+def test_it_is_what_a_simple_assembly_gives(store: TokenStore, spec: dict[str, int]) -> None:
+    assert store.n_shards > 3
+    plan = store.plan(store.plan_spec(**spec))  # type: ignore[arg-type]
+    assert bool(plan.head.any()) == ("pin_prefix" in spec)
+    rows = np.random.default_rng(0).permutation(plan.n_rows).tolist()
+    for begin in range(0, len(rows), 5):
+        some = [*rows[begin : begin + 5], EMPTY_ROW]
+        batch = make_micro_batch(store, plan, some)
+        expected = assembled(store, plan, some, batch.input_ids.shape[1])
+        for got, right in zip((batch.input_ids, batch.targets, batch.position_ids), expected, strict=True):
+            assert got.dtype == np.int64
+            assert np.array_equal(got, right)
+    nothing = make_micro_batch(store, plan, [EMPTY_ROW])
+    assert (nothing.targets == IGNORED).all()
+
+
+def test_a_document_that_is_not_there_is_an_error(store: TokenStore, tmp_path: Path) -> None:
+    with pytest.raises(IndexError):
+        list(store.by_shard(np.array([store.n_documents])))
