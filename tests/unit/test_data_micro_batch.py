@@ -14,7 +14,10 @@ from trainer.data.store.packing import RowPlan
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
     system = {"role": "system", "content": "be brief"}
-    long = [{"messages": [system, *row["messages"]]} for row in message_rows(6, seed=3, turns=9, longest=20)]
+    long = [
+        {"messages": [system, *(turn for turn in row["messages"] if turn["role"] != "system")]}
+        for row in message_rows(6, seed=3, turns=9, longest=20)
+    ]
     rows = [*message_rows(30, seed=1, turns=3), *long, *alpaca_rows(20, longest=40)]
     return tiny_store(tmp_path_factory.mktemp("batch"), rows, sequence_length=128, shard_tokens=900)
 
