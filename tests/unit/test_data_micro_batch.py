@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.support.corpora import alpaca_rows, message_rows, tiny_store
+from tests.support.corpora import message_rows, tiny_store
 from trainer.data.micro_batch import EMPTY_ROW, IGNORED, make_micro_batch
 from trainer.data.store import TokenStore
 from trainer.data.store.packing import RowPlan
@@ -18,7 +18,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
         {"messages": [system, *(turn for turn in row["messages"] if turn["role"] != "system")]}
         for row in message_rows(6, seed=3, turns=9, longest=20)
     ]
-    rows = [*message_rows(30, seed=1, turns=3), *long, *alpaca_rows(20, longest=40)]
+    rows = [*message_rows(30, seed=1, turns=3), *long, *message_rows(20, seed=2, turns=1, longest=40)]
     return tiny_store(tmp_path_factory.mktemp("batch"), rows, sequence_length=128, shard_tokens=900)
 
 
