@@ -56,17 +56,20 @@ def chat_template() -> str:
     return DEFAULT_CHAT_TEMPLATE
 
 
-def tokenise(rows: str, tokenizer: str, digests: str) -> Facts:
-    """Measure conversations to ids and mask; one digest a row goes to the file `digests`."""
+def tokenise(rows: str, tokenizer: str, digests: str, kind: str) -> Facts:
+    """Measure texts to ids, or conversations to ids and mask; one digest a row goes to the file `digests`."""
+    from tools.benchmarks.tokenise import text_of
     from trainer.data.encode.fast_tokenizer import Twin, verified_twin
     from trainer.data.encode.templates import Encoder
     from trainer.data.encode.tokenizer import load_tokenizer
-    from trainer.data.records import detect_layout, to_record
+    from trainer.data.records import PlainText, Record, detect_layout, to_record
     from trainer.data.sources import read_rows
 
     raw = list(read_rows(Path(rows)))
     layout = detect_layout(raw[0])
-    records = [to_record(row, layout) for row in raw]
+    records: list[Record] = [
+        PlainText("", text_of(row.value), row.place) if kind == "texts" else to_record(row, layout) for row in raw
+    ]
     loaded = load_tokenizer(Path(tokenizer))
     twin = verified_twin(loaded, Path(tokenizer))
     encoder = Encoder(loaded, twin=twin if isinstance(twin, Twin) else None)
@@ -82,6 +85,9 @@ def tokenise(rows: str, tokenizer: str, digests: str) -> Facts:
             for start, stop in document.spans:
                 mask[begin + start : begin + stop] = 1
             begin += len(document.ids)
+        if kind == "texts":
+            # Without the end of the text, which the others do not write.
+            ids, mask = ids[:-1], np.ones(len(ids) - 1, dtype=np.uint8)
         found.append(row_digest(ids, mask))
         tokens += len(ids)
     Path(digests).write_text(json.dumps(found))

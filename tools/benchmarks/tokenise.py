@@ -1,4 +1,7 @@
-"""Tokenising: conversations to ids and loss mask, by Steadfast's encoder and by `datasets.map` with transformers."""
+"""Tokenising, by Steadfast's encoder and by `datasets.map` with transformers.
+
+Twice: plain texts to ids, and conversations to ids and loss mask, where the chat template costs both sides much.
+"""
 
 from __future__ import annotations
 
@@ -34,18 +37,27 @@ def prepare_inputs(
 
 
 def run(work: Path, rows: Path, tokenizer: Path, rounds: int, say: Say) -> list[Line]:
-    """Compare encoders over a file of conversations."""
+    """Compare encoders over a file of conversations: over their texts, then over the conversations."""
+    texts = _compared(work, rows, tokenizer, rounds, say, "texts", [("datasets.map, batched", {"batched": True})])
+    forms = [("datasets.map, batched", {"batched": True}), ("datasets.map, a row a call", {"batched": False})]
+    return [*texts, *_compared(work, rows, tokenizer, rounds, say, "conversations", forms)]
+
+
+def _compared(
+    work: Path, rows: Path, tokenizer: Path, rounds: int, say: Say, kind: str, forms: list[tuple[str, dict[str, Any]]]
+) -> list[Line]:
+    """Lines of one comparison; `kind` is "texts" or "conversations"."""
 
     def arguments(name: str, **more: Any) -> Facts:
-        return {"rows": str(rows), "tokenizer": str(tokenizer), "digests": str(work / f"digests-{name}.json"), **more}
+        digests = str(work / f"digests-{kind}-{name}.json")
+        return {"rows": str(rows), "tokenizer": str(tokenizer), "digests": digests, "kind": kind, **more}
 
     mine = arguments("ours")
     contenders = [
         Contender("Steadfast", "tools.benchmarks.ours:tokenise", mine),
-        Contender("datasets.map, batched", THEIRS, arguments("batched", batched=True), "datasets", GOAL),
-        Contender("datasets.map, a row a call", THEIRS, arguments("single", batched=False), "datasets", GOAL),
+        *(Contender(name, THEIRS, arguments(name, **form), "datasets", GOAL) for name, form in forms),
     ]
-    outcomes = run_rounds(contenders, rounds, lambda text: say(f"{SECTION}: {text}"))
+    outcomes = run_rounds(contenders, rounds, lambda text: say(f"{SECTION} {kind}: {text}"))
 
     def note(facts: Facts) -> str:
         if "digests" not in facts:
@@ -58,11 +70,19 @@ def run(work: Path, rows: Path, tokenizer: Path, rounds: int, say: Say) -> list[
         facts |= {"equal_ids": ids, "equal_masks": masks, "compared": len(pairs)}
         return f"ids equal in {ids:,} of {len(pairs):,} rows, masks in {masks:,}"
 
-    return compare(SECTION, UNIT, contenders, outcomes, note)
+    return compare(f"{SECTION} {kind}", UNIT, contenders, outcomes, note)
 
 
-def by_datasets(rows: str, tokenizer: str, digests: str, batched: bool) -> Facts:
-    """Measure `datasets.map` over `apply_chat_template` with the assistant mask; in one process, nothing cached."""
+def text_of(row: dict[str, Any]) -> str:
+    """The texts of a conversation as one."""
+    return "\n".join(message["content"] for message in row["messages"])
+
+
+def by_datasets(rows: str, tokenizer: str, digests: str, kind: str, batched: bool) -> Facts:
+    """Measure `datasets.map` over the tokenizer, or over `apply_chat_template` with the assistant mask.
+
+    In one process, nothing cached.
+    """
     import datasets
     from transformers import AutoTokenizer
 
@@ -70,17 +90,23 @@ def by_datasets(rows: str, tokenizer: str, digests: str, batched: bool) -> Facts
     datasets.disable_progress_bars()
     loaded = AutoTokenizer.from_pretrained(tokenizer)
     with Path(rows).open(encoding="utf-8") as file:
-        data = datasets.Dataset.from_list([json.loads(line) for line in file])
+        found = [json.loads(line) for line in file]
+    data = datasets.Dataset.from_list([{"text": text_of(row)} for row in found] if kind == "texts" else found)
 
-    def encode(batch: dict[str, Any]) -> dict[str, Any]:
-        found = loaded.apply_chat_template(
+    def encode_texts(batch: dict[str, Any]) -> dict[str, Any]:
+        return {"input_ids": loaded(batch["text"], add_special_tokens=False)["input_ids"]}
+
+    def encode_conversations(batch: dict[str, Any]) -> dict[str, Any]:
+        encoded = loaded.apply_chat_template(
             batch["messages"], tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
-        return {"input_ids": found["input_ids"], "assistant_masks": found["assistant_masks"]}
+        return {"input_ids": encoded["input_ids"], "assistant_masks": encoded["assistant_masks"]}
 
+    encode = encode_texts if kind == "texts" else encode_conversations
     with stopwatch() as watch:
         mapped = data.map(encode, batched=batched, remove_columns=data.column_names)
-    columns = list(zip(mapped["input_ids"], mapped["assistant_masks"], strict=True))
+    masks = mapped["assistant_masks"] if kind == "conversations" else [[1] * len(ids) for ids in mapped["input_ids"]]
+    columns = list(zip(mapped["input_ids"], masks, strict=True))
     Path(digests).write_text(json.dumps([ours.row_digest(ids, mask) for ids, mask in columns]))
     tokens = sum(len(ids) for ids, _ in columns)
     return {"cpu": watch.cpu, "wall": watch.wall, "work": tokens / 1e6, "tokens": tokens, "digests": digests}
