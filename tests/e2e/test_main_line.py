@@ -162,7 +162,7 @@ def readme_blocks():
 
 
 def test_the_readme_names_real_commands_and_a_valid_configuration():
-    text = "\n".join(readme_blocks())
+    text = "\n".join(readme_blocks()).replace("\\\n", "")
     named = {shlex.split(line, comments=True)[1] for line in text.splitlines() if line.startswith("steadfast ")}
     assert {"data", "config", "train", "export", "serve"} <= named <= COMMANDS.keys()
     recipe = re.search(r"cat > my.yaml <<'EOF'\n(.*?)EOF", text, re.DOTALL)[1]

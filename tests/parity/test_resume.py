@@ -133,11 +133,11 @@ def test_the_timeout_holds_for_the_groups_of_deepspeed_too(two_ranks):
 @pytest.mark.parametrize("mixture", [False, True])
 def test_a_run_on_a_url_resumes_as_the_run_on_the_local_store(mixture, tmp_path, two_ranks, store):
     """Order by blocks; one rank of the node fetches, the other waits for what it needs."""
-    segments = [{"rows": 9, "weights": {"rows.jsonl": 1}}, {"weights": {"rows.jsonl": 2}}] if mixture else None
+    segments = [{"rows": 9, "weights": {"rows": 1}}, {"weights": {"rows": 2}}] if mixture else None
     changes = {"data__shuffle_blocks": 2, "data__mixture": segments}
     run_straight(two_ranks, tmp_path / "straight", store, **changes)
     if mixture:
-        assert json.loads((tmp_path / "straight/plan.json").read_text())["source_epochs"].keys() == {"rows.jsonl"}
+        assert json.loads((tmp_path / "straight/plan.json").read_text())["source_epochs"].keys() == {"rows"}
     changes |= {"data__train": f"file://{store.path}", "data__cache_dir": str(tmp_path / "cache")}
     run_interrupted(two_ranks, two_ranks, tmp_path / "run", store, **changes)
     assert losses(tmp_path / "run") == losses(tmp_path / "straight")

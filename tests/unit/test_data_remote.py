@@ -22,7 +22,7 @@ from trainer.config.load import config_from_text
 from trainer.config.schema import Config
 from trainer.data.feed import Feed, StepBatch
 from trainer.data.order import BlockOrder, Order
-from trainer.data.store import TokenStore, open_store, remote
+from trainer.data.store import TokenStore, open_store, packing, remote
 from trainer.data.store.reader import MANIFEST, body_hash
 from trainer.data.store.remote import ShardCache, is_url
 from trainer.errors import ConfigError, DataError, HangError, MissingInputError, UsageError
@@ -36,7 +36,11 @@ LARGE = 1 << 30
 def local(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
     """A store of many small shards."""
     rows = message_rows(180, seed=1, turns=3, longest=15)
-    store = tiny_store(tmp_path_factory.mktemp("local"), rows, sequence_length=160, shard_tokens=700)
+    with pytest.MonkeyPatch.context() as patch:
+        # A row takes its samples from so many neighbours; with real shards these lie in one or two of them.
+        patch.setattr(packing, "LOOKAHEAD", 8)
+        patch.setattr(packing, "OPEN_ROWS", 4)
+        store = tiny_store(tmp_path_factory.mktemp("local"), rows, sequence_length=160, shard_tokens=700)
     assert store.n_shards > 35
     return store
 
@@ -412,12 +416,12 @@ def test_a_mixture_follows_from_store_and_configuration(local: TokenStore, tmp_p
     def config(*segments: dict[str, object]) -> Config:
         return config_of(str(local.path), tmp_path, mixture=list(segments))
 
-    good = config({"rows": 30, "weights": {"rows.jsonl": 1}}, {"weights": {"rows.jsonl": 2.5}})
+    good = config({"rows": 30, "weights": {"rows": 1}}, {"weights": {"rows": 2.5}})
     spec = row_spec(good, local)
     assert spec.by_source
     rows = local.plan(spec)
     order = row_order(good, local, rows)
-    assert source_epochs(good, local, rows, order) == {"rows.jsonl": round(8 * 16 / rows.n_rows, 4)}
+    assert source_epochs(good, local, rows, order) == {"rows": round(8 * 16 / rows.n_rows, 4)}
     with pytest.raises(UsageError, match=r"data\.mixture\.0\.weights: the store has no source 'news'.*rows\.jsonl"):
         row_order(config({"weights": {"news": 1}}), local, rows)
     for bad, said in (

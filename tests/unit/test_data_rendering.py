@@ -58,7 +58,7 @@ TWICE = "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% end
     [
         (LOOP, "runs for more than"),
         (TWICE, "runs for more than"),
-        (GROW, "of memory"),
+        (GROW, "more than"),
         (WRITE, "writes more than"),
         ("{{ 'x' * 10 ** 12 }}", "writes more than"),
         ("{{ 9 ** (9 ** 9) }}", "raises to a power"),

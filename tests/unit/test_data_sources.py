@@ -132,7 +132,8 @@ def test_a_whole_surrogate_pair_is_text(file: Path) -> None:
 def test_any_bytes_give_rows_or_a_data_error(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     file = tmp_path_factory.mktemp("any") / "rows.json"
     file.write_bytes(content)
-    with suppress(DataError):
+    # (The bytes may be a Megatron index, whose other file is not there.)
+    with suppress(DataError, MissingInputError):
         assert list(read_rows(file))
 
 
