@@ -1,7 +1,5 @@
 """The assembled arrays against an assembly that is too simple to be wrong."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -61,6 +59,6 @@ def test_it_is_what_a_simple_assembly_gives(store: TokenStore, spec: dict[str, i
     assert (nothing.targets == IGNORED).all()
 
 
-def test_a_document_that_is_not_there_is_an_error(store: TokenStore, tmp_path: Path) -> None:
+def test_a_document_that_is_not_there_is_an_error(store: TokenStore) -> None:
     with pytest.raises(IndexError):
-        list(store.by_shard(np.array([store.n_documents])))
+        store.locate(np.array([store.n_documents]))

@@ -147,7 +147,7 @@ def test_the_report_has_every_line_and_names_what_is_absent(tmp_path: Path, monk
     mapped = by_name["Megatron-style mmap"]
     assert mapped.ratio is not None
     assert mapped.note.startswith("same rows, same targets")
-    assert mapped.ratio == pytest.approx(by_name["Steadfast, packed samples"].value / mapped.value)
+    assert mapped.ratio == pytest.approx(by_name["Steadfast, rows as they are"].value / mapped.value)
     assert "state" in by_name["Steadfast, 1,000,000,000 rows: first batch"].note
     assert "waste" in by_name["Steadfast, rows of 2,048"].note
     with redirect_stdout(io.StringIO()) as printed:

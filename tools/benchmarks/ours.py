@@ -165,20 +165,31 @@ def stored_rows(path: Path, count: int) -> tuple[NDArray[np.int32], NDArray[np.i
     return ids, targets
 
 
-def read(store: str, batch_size: int, rows: int) -> Facts:
-    """Measure one epoch of a store in its shuffled order, as torch tensors; see `readers.measured_pass`."""
+def read(store: str, batch_size: int, rows: int, ahead: bool) -> Facts:
+    """Measure one epoch of a store in its shuffled order, as torch tensors; see `readers.measured_pass`.
+
+    `ahead`: as training reads, in a thread that prepares the next steps; else in the caller, as the others are read.
+    """
     from tools.benchmarks.readers import measured_pass
+    from trainer.data.micro_batch import make_micro_batch
+    from trainer.data.order import GlobalOrder
     from trainer.data.store.reader import open_store
 
     def batches() -> Iterator[tuple[Any, Any]]:
         import torch
 
         opened = open_store(Path(store), verify=False)
-        with contextlib.closing(_feed(opened, opened.plan(), rows, batch_size)) as feed:
-            for _ in range(rows // batch_size):
-                batch = feed.next_step().micro_batches[0]
-                torch.from_numpy(batch.position_ids)
-                yield torch.from_numpy(batch.input_ids), torch.from_numpy(batch.targets)
+        plan = opened.plan()
+        if ahead:
+            with contextlib.closing(_feed(opened, plan, rows, batch_size)) as feed:
+                for _ in range(rows // batch_size):
+                    batch = feed.next_step().micro_batches[0]
+                    yield torch.from_numpy(batch.input_ids), torch.from_numpy(batch.targets)
+            return
+        order = GlobalOrder(rows, 1).rows_at(np.arange(rows))
+        for begin in range(0, rows, batch_size):
+            batch = make_micro_batch(opened, plan, order[begin : begin + batch_size])
+            yield torch.from_numpy(batch.input_ids), torch.from_numpy(batch.targets)
 
     return measured_pass(batches)
 

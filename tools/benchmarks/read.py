@@ -13,6 +13,7 @@ from tools.benchmarks.measure import Contender, Facts, Line, Say, compare, insta
 SECTION = "read"
 UNIT = "Mtok per CPU s"
 BATCH_SIZE = 8
+STORES = ("whole", "packed")
 OURS = "tools.benchmarks.ours:read"
 THEIRS = "tools.benchmarks.readers:read"
 
@@ -66,10 +67,12 @@ def make_rows(directory: Path, rows: int, sequence_length: int, seed: int) -> No
 
 
 def _contenders(directory: Path, rows: int) -> list[Contender]:
-    mine = {"batch_size": BATCH_SIZE, "rows": rows}
+    whole, packed = ({"store": str(directory / name), "batch_size": BATCH_SIZE, "rows": rows} for name in STORES)
+    # As the others hold them: rows that were packed before. Steadfast packs while it reads, too.
     found = [
-        Contender("Steadfast, packed samples", OURS, {"store": str(directory / "packed"), **mine}),
-        Contender("Steadfast, one document a row", OURS, {"store": str(directory / "whole"), **mine}),
+        Contender("Steadfast, rows as they are", OURS, {**whole, "ahead": False}),
+        Contender("Steadfast, packed while reading", OURS, {**packed, "ahead": False}),
+        Contender("Steadfast, packed, in the feed's thread", OURS, {**packed, "ahead": True}),
     ]
     found += [
         Contender(

@@ -1,25 +1,27 @@
 """Rows of a plan as the arrays that a model takes.
 
-All samples of a micro-batch are looked up at once, and then copied piece by piece: a copy of a slice costs less than
-indexing its elements, and looking samples up one by one would cost more than copying them.
+All samples of a micro-batch are looked up at once, which one by one would cost more than copying them, and then copied
+one by one, which costs less than indexing all their elements.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trainer.data.store.packing import RowPlan
 from trainer.data.store.reader import TokenStore
-from trainer.data.store.shards import Arrays, take_parts
+from trainer.data.store.shards import Arrays
 
 # The target of a position that predicts nothing; torch's losses ignore it by default.
 IGNORED = -100
 LENGTH_MULTIPLE = 16
 EMPTY_ROW = -1
+_NOTHING = np.empty(0, dtype=np.uint32)
 
 
 @dataclass(frozen=True)
@@ -36,22 +38,6 @@ class MicroBatch:
     position_ids: NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class _Samples:
-    """Columns of the samples of a micro-batch; `at` is where each begins in the flat batch. int64 [samples]."""
-
-    document: NDArray[np.int64]
-    start: NDArray[np.int64]
-    stop: NDArray[np.int64]
-    first_target: NDArray[np.int64]
-    head: NDArray[np.int64]
-    at: NDArray[np.int64]
-
-    def of(self, chosen: NDArray[np.int64]) -> _Samples:
-        """Some of them."""
-        return _Samples(*(getattr(self, name)[chosen] for name in self.__dataclass_fields__))
-
-
 def make_micro_batch(store: TokenStore, plan: RowPlan, rows: Sequence[int] | NDArray[np.int64]) -> MicroBatch:
     """Assemble rows (EMPTY_ROW for an empty one).
 
@@ -60,25 +46,61 @@ def make_micro_batch(store: TokenStore, plan: RowPlan, rows: Sequence[int] | NDA
     """
     length = _row_length(plan, rows)
     total = len(rows) * length
-    steps = np.arange(length, dtype=np.int64)
+    # Half as wide as the result: what is written twice stays in the processor's cache.
+    steps = np.arange(length, dtype=np.uint32)
     ids = np.full(total, store.padding_id, dtype=np.uint32)
+    positions = np.empty(total, dtype=np.uint32)
     is_target = np.zeros(total, dtype=np.bool_)
-    position_ids = np.empty(total, dtype=np.int64)
-    samples, ends = _look_up(plan, rows, length)
-    for row, end in enumerate(ends):
-        position_ids[end : (row + 1) * length] = steps[: (row + 1) * length - end]
-    for at, size in zip(samples.at.tolist(), (samples.head + samples.stop - samples.start).tolist(), strict=True):
-        position_ids[at : at + size] = steps[:size]
-    for arrays, chosen, local in store.by_shard(samples.document):
-        mine = samples if len(chosen) == len(samples.at) else samples.of(chosen)
-        _copy_ids(arrays, local, mine, ids)
-        _mark_targets(arrays, local, mine, is_target)
+    of_row = [plan.samples_of(int(row)) if row != EMPTY_ROW else _NOTHING for row in rows]
+    numbers = np.concatenate(of_row) if of_row else _NOTHING
+    samples = _columns(store, plan, numbers)
+    opened: dict[int, _Shard] = {}
+    for row, mine in enumerate(of_row):
+        at, end = row * length, (row + 1) * length
+        for shard_number, local, start, stop, first_target, head in islice(samples, len(mine)):
+            shard = opened.get(shard_number)
+            if shard is None:
+                shard = opened[shard_number] = _Shard(store.shard(shard_number))
+            origin = shard.offsets[local]
+            body = at + head
+            size = head + stop - start
+            if head:
+                ids[at:body] = shard.ids[origin : origin + head]
+            ids[body : at + size] = shard.ids[origin + start : origin + stop]
+            positions[at : at + size] = steps[:size]
+            # Document position t stands at body - start + t, and is predicted one before.
+            shift = body - start - 1
+            for span in range(shard.span_offsets[local], shard.span_offsets[local + 1]):
+                begin, after = max(shard.spans[span, 0], first_target), min(shard.spans[span, 1], stop)
+                if begin < after:
+                    is_target[begin + shift : after + shift] = True
+            at += size
+        positions[at:end] = steps[: end - at]
     input_ids = ids.astype(np.int64)
-    targets = np.full(total, IGNORED, dtype=np.int64)
+    targets = np.empty(total, dtype=np.int64)
     # Position p of the batch predicts what stands at p + 1, and never anything of another sample.
-    np.copyto(targets[:-1], input_ids[1:], where=is_target[:-1])
+    targets[:-1] = np.where(is_target[:-1], input_ids[1:], IGNORED)
+    targets[-1] = IGNORED
     shape = (len(rows), length)
-    return MicroBatch(input_ids.reshape(shape), targets.reshape(shape), position_ids.reshape(shape))
+    return MicroBatch(input_ids.reshape(shape), targets.reshape(shape), positions.astype(np.int64).reshape(shape))
+
+
+class _Shard:
+    """The arrays of a shard as they are read fastest: ids by slice, the others element by element."""
+
+    def __init__(self, arrays: Arrays) -> None:
+        self.ids = arrays["ids"]
+        # An element of a memory view is a Python integer at once.
+        self.offsets, self.span_offsets, self.spans = (
+            arrays[name].data for name in ("document_offsets", "span_offsets", "loss_spans")
+        )
+
+
+def _columns(store: TokenStore, plan: RowPlan, numbers: NDArray[np.uint32]) -> Iterator[tuple[int, ...]]:
+    """Shard, number in the shard, start, stop, first target and head of every sample."""
+    shard, local = store.locate(plan.document[numbers])
+    columns = (getattr(plan, name)[numbers] for name in ("start", "stop", "first_target", "head"))
+    return zip(shard.tolist(), local.tolist(), *(column.tolist() for column in columns), strict=True)
 
 
 def _row_length(plan: RowPlan, rows: Sequence[int] | NDArray[np.int64]) -> int:
@@ -86,47 +108,3 @@ def _row_length(plan: RowPlan, rows: Sequence[int] | NDArray[np.int64]) -> int:
         return plan.sequence_length
     longest = max((int(plan.tokens[row]) for row in rows if row != EMPTY_ROW), default=1)
     return min(-(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, plan.sequence_length)
-
-
-def _look_up(plan: RowPlan, rows: Sequence[int] | NDArray[np.int64], length: int) -> tuple[_Samples, list[int]]:
-    """The samples of all rows, and where the padded tail of each row begins in the flat batch."""
-    of_row = [plan.samples_of(int(row)) if row != EMPTY_ROW else np.empty(0, dtype=np.uint32) for row in rows]
-    numbers = np.concatenate(of_row) if of_row else np.empty(0, dtype=np.uint32)
-    names = ("document", "start", "stop", "first_target", "head")
-    document, start, stop, first_target, head = (getattr(plan, name)[numbers].astype(np.int64) for name in names)
-    size = head + stop - start
-    counts = [len(part) for part in of_row]
-    before = np.cumsum(size) - size
-    last = np.cumsum(counts)
-    filled = np.concatenate([before, [size.sum()]])[np.concatenate([[0], last])]
-    row_begins = np.arange(len(rows), dtype=np.int64) * length
-    at = before + np.repeat(row_begins - filled[:-1], counts)
-    ends: list[int] = (row_begins + np.diff(filled)).tolist()
-    return _Samples(document, start, stop, first_target, head, at), ends
-
-
-def _copy_ids(arrays: Arrays, local: NDArray[np.int64], samples: _Samples, ids: NDArray[np.uint32]) -> None:
-    """Copy head and slice of every sample; `local` are the documents' numbers in the shard."""
-    stored = arrays["ids"]
-    origin = arrays["document_offsets"][local].astype(np.int64)
-    if samples.head.any():
-        for at, begin, size in zip(samples.at.tolist(), origin.tolist(), samples.head.tolist(), strict=True):
-            ids[at : at + size] = stored[begin : begin + size]
-    places = (samples.at + samples.head).tolist()
-    begins, sizes = (origin + samples.start).tolist(), (samples.stop - samples.start).tolist()
-    for at, begin, size in zip(places, begins, sizes, strict=True):
-        ids[at : at + size] = stored[begin : begin + size]
-
-
-def _mark_targets(arrays: Arrays, local: NDArray[np.int64], samples: _Samples, is_target: NDArray[np.bool_]) -> None:
-    """Mark the positions that predict a supervised token of their sample."""
-    offsets = arrays["span_offsets"]
-    spans = arrays["loss_spans"][take_parts(offsets, local)].astype(np.int64)
-    counts = (offsets[local + 1] - offsets[local]).astype(np.int64)
-    begins = np.maximum(spans[:, 0], np.repeat(samples.first_target, counts))
-    ends = np.minimum(spans[:, 1], np.repeat(samples.stop, counts))
-    # Document position t stands at (at + head - start) + t and is predicted one before.
-    shift = np.repeat(samples.at + samples.head - samples.start - 1, counts)
-    for begin, end in zip((shift + begins).tolist(), (shift + ends).tolist(), strict=True):
-        if begin < end:
-            is_target[begin:end] = True

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -236,20 +236,23 @@ class TokenStore:
         soon = dict.fromkeys(number for first, last in ranges for number in range(first, last + 1))
         self._shards.expect(needed, list(soon))
 
-    def _shard_of(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
+    def _shard_of(self, documents: NDArray[Any]) -> NDArray[np.int64]:
         return np.searchsorted(self._first_document, documents, side="right") - 1
 
-    def by_shard(self, documents: NDArray[np.int64]) -> Iterator[tuple[Arrays, NDArray[np.int64], NDArray[np.int64]]]:
-        """Documents by the shard they are in: its arrays, which of `documents` these are, their numbers in the shard.
+    def locate(self, documents: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The shard of each document and its number there, int64 like `documents`.
 
         Raises IndexError when there is no such document.
         """
+        documents = np.asarray(documents, dtype=np.int64)
         if len(documents) and not 0 <= int(documents.min()) <= int(documents.max()) < self.n_documents:
             raise IndexError(f"documents {documents.min()} to {documents.max()} of {self.n_documents}")
-        numbers = self._shard_of(documents)
-        for number in np.unique(numbers).tolist():
-            chosen = np.flatnonzero(numbers == number)
-            yield self._shards.shard(number), chosen, documents[chosen] - self._first_document[number]
+        shards: NDArray[np.int64] = self._shard_of(documents)
+        return shards, documents - self._first_document[shards]
+
+    def shard(self, number: int) -> Arrays:
+        """The arrays of one shard, views of a memory map."""
+        return self._shards.shard(number)
 
     def _locate(self, index: int) -> tuple[Arrays, int]:
         if not 0 <= index < self.n_documents:
