@@ -93,7 +93,8 @@ def test_conversations_depend_on_the_seed_alone_and_alternate() -> None:
 
 def test_both_stores_and_every_format_hold_the_same_rows(tmp_path: Path) -> None:
     read.make_rows(tmp_path, 24, 128, seed=0)
-    found = {name: ours.read(str(tmp_path / name), 8, 24) for name in ("packed", "whole")}
+    ways = [(name, ahead) for name in ("packed", "whole") for ahead in (True, False)]
+    found: dict[object, Any] = {(name, ahead): ours.read(str(tmp_path / name), 8, 24, ahead) for name, ahead in ways}
     readers.write("megatron", str(tmp_path))
     found["megatron"] = readers.read("megatron", str(tmp_path), 8, ready=True)
     assert len({tuple(facts["sums"]) for facts in found.values()}) == 1
