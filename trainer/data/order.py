@@ -19,9 +19,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.data.hashing import mix, seeded
+
 ROUNDS = 8
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_FIRST, _SECOND = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 # Different permutations under one seed and epoch need different keys.
 _BLOCKS, _INSIDE, _OFFSET = np.uint64(1), np.uint64(2), np.uint64(3)
 
@@ -98,14 +98,14 @@ class BlockOrder:
         within = inside - window * size
         last = window == (self._blocks - 1) // self.window_blocks
         shuffled = np.empty_like(within)
-        inside_keys = _mix(_mix(keys ^ _INSIDE) ^ window.astype(np.uint64))
+        inside_keys = mix(mix(keys ^ _INSIDE) ^ window.astype(np.uint64))
         for chosen, length in ((~last, size), (last, self._last_window_rows)):
             shuffled[chosen] = permute(within[chosen], length, inside_keys[chosen])
         slot, offset = np.divmod(shuffled, self._block)
         slot += window * self.window_blocks
         full = slot < self._blocks
         block = slot.copy()
-        block[full] = permute(slot[full], self._blocks, _mix(keys[full] ^ _BLOCKS))
+        block[full] = permute(slot[full], self._blocks, mix(keys[full] ^ _BLOCKS))
         rows: NDArray[np.int64] = (block * self._block + offset + self._ring_offset(keys)) % self.n_rows
         return rows.reshape(positions.shape)
 
@@ -119,7 +119,7 @@ class BlockOrder:
             keys = derived_keys(self.seed, np.array([number // windows]))
             first = number % windows * self.window_blocks
             slots = np.arange(first, min(first + self.window_blocks, self._blocks))
-            blocks = permute(slots, self._blocks, np.repeat(_mix(keys ^ _BLOCKS), len(slots)))
+            blocks = permute(slots, self._blocks, np.repeat(mix(keys ^ _BLOCKS), len(slots)))
             begins = blocks * self._block
             ends = begins + self._block - 1
             if number % windows == windows - 1 and self.n_rows % self._block:
@@ -137,7 +137,7 @@ class BlockOrder:
         return self.n_rows - before * self._block
 
     def _ring_offset(self, keys: Keys) -> NDArray[np.int64]:
-        return (_mix(keys ^ _OFFSET) % np.uint64(self.n_rows)).astype(np.int64)
+        return (mix(keys ^ _OFFSET) % np.uint64(self.n_rows)).astype(np.int64)
 
 
 def rows_at(positions: NDArray[np.int64], n_rows: int, seed: int) -> NDArray[np.int64]:
@@ -163,7 +163,7 @@ def permute(values: NDArray[np.int64], size: int, keys: Keys) -> NDArray[np.int6
 
 def derived_keys(seed: int, numbers: NDArray[np.int64]) -> Keys:
     """One key for each of `numbers` (int64 [n]; for orders the epochs: positions may straddle them), uint64 [n]."""
-    return _mix(_mix(np.full(numbers.shape, seed % (1 << 64), dtype=np.uint64)) ^ numbers.astype(np.uint64))
+    return seeded(numbers.astype(np.uint64), seed)
 
 
 def _epochs(positions: NDArray[np.int64], n_rows: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -183,12 +183,4 @@ def _feistel(values: NDArray[np.int64], left_size: int, right_size: int, keys: K
 
 
 def _hash(half: NDArray[np.uint64], keys: Keys, round_number: int) -> NDArray[np.uint64]:
-    return _mix(_mix(keys + np.uint64(round_number)) ^ half)
-
-
-def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """splitmix64's step and finaliser (Steele, Lea and Flood, 2014), arithmetic modulo 2**64."""
-    values = values + _GOLDEN
-    values = (values ^ (values >> np.uint64(30))) * _FIRST
-    values = (values ^ (values >> np.uint64(27))) * _SECOND
-    return values ^ (values >> np.uint64(31))
+    return mix(mix(keys + np.uint64(round_number)) ^ half)

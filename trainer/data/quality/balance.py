@@ -8,7 +8,7 @@ from typing import Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.quality.hashing import seeded
+from trainer.data.hashing import seeded
 from trainer.errors import UsageError
 
 UNLABELLED = -1

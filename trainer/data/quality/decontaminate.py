@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.quality.hashing import hash_runs, hash_words
+from trainer.data.hashing import hash_runs, hash_words
 from trainer.data.quality.text import UNSPACED_CHARACTER, words_of
 
 WORDS, CHARACTERS = 13, 20

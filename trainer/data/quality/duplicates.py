@@ -18,7 +18,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from trainer.data.quality.hashing import hash_runs, hash_words, mix, seeded
+from trainer.data.hashing import hash_runs, hash_words, mix, seeded
 from trainer.data.quality.text import words_of
 from trainer.errors import UsageError
 

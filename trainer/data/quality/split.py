@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.quality.hashing import seeded
+from trainer.data.hashing import seeded
 from trainer.errors import DataError, UsageError
 
 
