@@ -222,6 +222,8 @@ def test_packing_fits_and_is_deterministic(lengths: list[int], lookahead: int, o
     if lengths:
         assert np.bincount(rows, weights=array).max() <= 64
         assert np.array_equal(np.unique(rows), np.arange(rows.max() + 1))
+        first_seen = [int(np.argmax(rows == row)) for row in range(int(rows.max()) + 1)]
+        assert first_seen == sorted(first_seen)
 
 
 def chat_lengths(count: int) -> np.ndarray:

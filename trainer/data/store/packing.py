@@ -69,7 +69,7 @@ def default_overlap(window: int) -> int:
 
 
 def pack(lengths: NDArray[np.int64], capacity: int) -> NDArray[np.int64]:
-    """The row of every sample, int64 [samples], numbered from 0 without gaps.
+    """The row of every sample, int64 [samples]; rows are numbered in the order of their first sample.
 
     Samples are taken LOOKAHEAD at a time, the longest first; each goes into the row it fills best, or into a new one.
     The emptiest rows stay open for the next ones, the others are closed, so memory is bounded.
@@ -88,7 +88,7 @@ def pack(lengths: NDArray[np.int64], capacity: int) -> NDArray[np.int64]:
     for begin in range(0, len(lengths), LOOKAHEAD):
         part = lengths[begin : begin + LOOKAHEAD]
         longest_first = np.argsort(-part, kind="stable")
-        found = []
+        first_new, found = count, []
         for need in (part[longest_first] << ROW_BITS).tolist():
             at = bisect_left(opened, need)
             if at < len(opened):
@@ -100,8 +100,23 @@ def pack(lengths: NDArray[np.int64], capacity: int) -> NDArray[np.int64]:
             if left > ROW_MASK:
                 insort(opened, left)
         rows[begin + longest_first] = found
-        del opened[:-OPEN_ROWS]
+        mine = rows[begin : begin + len(part)]
+        number = _by_first_sample(mine[mine >= first_new] - first_new) + first_new
+        mine[mine >= first_new] = number[mine[mine >= first_new] - first_new]
+        opened = opened[-OPEN_ROWS:]
+        for at, left in enumerate(opened):
+            if (row := left & ROW_MASK) >= first_new:
+                opened[at] = left & ~ROW_MASK | int(number[row - first_new])
+        opened.sort()
     return rows
+
+
+def _by_first_sample(rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Rank of every row 0, 1, ... by where it first occurs in `rows`, int64 [rows]."""
+    _, first = np.unique(rows, return_index=True)
+    rank = np.empty(len(first), dtype=np.int64)
+    rank[np.argsort(first)] = np.arange(len(first))
+    return rank
 
 
 @dataclass(frozen=True)
