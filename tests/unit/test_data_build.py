@@ -130,6 +130,7 @@ def test_finished_parts_are_kept_after_a_bad_row_and_used_again(
     before = {part.name: part.stat().st_ino for part in (tmp_path / ".store.work/parts").iterdir()}
     write_json_lines(file, [*rows, {"instruction": "a", "output": "mended"}])
     again: list[set[int]] = []
+    capsys.readouterr()
     parts = tmp_path / ".store.work/parts"
     build_store(
         recipe,
@@ -138,6 +139,7 @@ def test_finished_parts_are_kept_after_a_bad_row_and_used_again(
         chunk_bytes=1500,
         progress=lambda _: again.append({part.stat().st_ino for part in parts.iterdir()}),
     )
+    assert "continuing an earlier build" in capsys.readouterr().err
     assert len(before) > 5
     assert set(before.values()) <= again[-1]
     assert open_store(tmp_path / "store").n_documents == 201

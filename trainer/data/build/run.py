@@ -100,6 +100,8 @@ def build_store(
         "chunk_bytes": chunk_bytes,
     }
     work = Work(out, identity)
+    if found := len(work.finished()):
+        sys.stderr.write(f"note: continuing an earlier build: {found} parts are finished\n")
     try:
         inputs = _located(recipe, work.spool)
         with ThreadPoolExecutor(1) as hasher:

@@ -75,7 +75,8 @@ def source_lines(sources: list[dict[str, Any]]) -> Iterator[str]:
     """The mask report of every source for a terminal."""
     for source in sources:
         share = source["supervised_tokens"] / max(source["tokens"], 1)
-        methods = ", ".join(f"{count:,} by {name}" for name, count in source["methods"].items())
+        found = source["methods"]
+        methods = f"by {next(iter(found))}" if len(found) == 1 else _counted_methods(found)
         files = source["files"]
         mapping = ", ".join(f"{key} from {column}" for key, column in source["mapping"].items() if key != column)
         yield f"{source['name']}: {files[0]}" + (f" and {len(files) - 1} more files" if len(files) > 1 else "")
@@ -96,6 +97,12 @@ def source_lines(sources: list[dict[str, Any]]) -> Iterator[str]:
         if source["supervised_lost"]:
             lost = source["supervised_lost"] / max(source["supervised_tokens"], 1)
             yield f"  note       {source['supervised_lost']:,} supervised tokens ({lost:.2%}) lost to long_text"
+
+
+def _counted_methods(found: Mapping[str, int]) -> str:
+    """How masks were found, the most frequent way first; counted when encoded, before duplicates are left out."""
+    ranked = sorted(found.items(), key=lambda item: -item[1])
+    return ", ".join(f"{count:,} by {name}" for name, count in ranked)
 
 
 def report_lines(report: Mapping[str, Any]) -> Iterator[str]:
