@@ -350,10 +350,9 @@ def test_plain_text_begins_as_the_tokenizer_begins_every_text() -> None:
 
 def test_plain_text_without_an_end_token_is_refused() -> None:
     tokenizer = tiny_tokenizer()
-    encoder = Encoder(tokenizer)
     tokenizer.eos_token = None
     with pytest.raises(DataError, match="here:1: the tokenizer has no end-of-text token"):
-        encoder.encode(PlainText("", "once", "here:1"))
+        Encoder(tokenizer).encode(PlainText("", "once", "here:1"))
 
 
 def test_token_ids_pass_through() -> None:

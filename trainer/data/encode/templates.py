@@ -165,6 +165,8 @@ class Encoder:
         self.tokenizer = tokenizer
         self._train_on = train_on
         self._vocabulary = len(tokenizer)
+        # transformers looks such attributes up in several steps, every time.
+        self._end_of_text: int | None = tokenizer.eos_token_id
         self._text = TextEncoder(tokenizer, twin)
         self._control_texts = tuple(self._text.contents)
         stops = [str(token) for token in tokenizer.convert_ids_to_tokens(sorted(self._text.stop_ids))]
@@ -199,7 +201,7 @@ class Encoder:
 
     def _encode_text(self, record: PlainText) -> Encoded:
         """Ids of prompt, text and end-of-text token, after what the tokenizer puts before every text (bos)."""
-        if self.tokenizer.eos_token_id is None:
+        if self._end_of_text is None:
             raise DataError(
                 f"{record.place}: the tokenizer has no end-of-text token to end a text with",
                 "set eos_token in its tokenizer_config.json",
@@ -208,7 +210,8 @@ class Encoder:
         prompt, text = (self._text.mark(part, found, record.place) for part in (record.prompt, record.text))
         ids = [*self._before_text, *self._text.encode(prompt, first=True)]
         begin = max(len(ids), 1)
-        ids += [*self._text.encode(text, first=not record.prompt), int(self.tokenizer.eos_token_id)]
+        ids += self._text.encode(text, first=not record.prompt)
+        ids.append(self._end_of_text)
         spans = ((begin, len(ids)),) if begin < len(ids) else ()
         return Encoded(np.array(ids, dtype=np.int64), spans, TEXT, tuple(found))
 
