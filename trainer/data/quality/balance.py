@@ -56,14 +56,6 @@ def copies(
     return result
 
 
-def class_counts(labels: NDArray[np.int64], copies: NDArray[np.int64]) -> dict[int, tuple[int, int]]:
-    """Label to (documents before, documents after), for the report; -1 stands for documents without a label."""
-    return {
-        int(label): (int(np.count_nonzero(labels == label)), int(copies[labels == label].sum()))
-        for label in np.unique(labels)
-    }
-
-
 def class_weights(
     counts: Mapping[Label, int], method: Literal["inverse", "effective"] = "inverse", beta: float = 0.999
 ) -> dict[Label, float]:
