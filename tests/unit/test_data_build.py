@@ -25,7 +25,9 @@ from tests.support.corpora import (
     tiny_store,
     write_json_lines,
 )
+from trainer.data.build import pool, run
 from trainer.data.build.run import build_store
+from trainer.data.encode.fast_tokenizer import Twin
 from trainer.data.encode.tokenizer import load_tokenizer
 from trainer.data.store import open_store, verify_store
 from trainer.data.store.reader import TokenStore
@@ -429,3 +431,22 @@ def test_named_sources_of_several_files(tmp_path: Path) -> None:
     assert store.place(4) == f"{tmp_path}/many/b.jsonl:1"
     assert store.place(13) == f"{questions}:2"
     assert [entry["name"] for entry in store.manifest["inputs"]][-1] == str(questions)
+
+
+def test_a_twin_that_gives_other_ids_is_found_and_the_build_starts_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = tiny_store(tmp_path / "right")
+
+    class Wrong(Twin):
+        def __init__(self) -> None:
+            self.name = "a wrong twin"
+
+        def encode(self, text: str) -> list[int]:
+            return [0]
+
+    for module in (run, pool):
+        monkeypatch.setattr(module, "verified_twin", lambda *_: Wrong())
+    wrong = tiny_store(tmp_path / "wrong")
+    assert "a wrong twin gave other ids on" in capsys.readouterr().err
+    assert wrong.fingerprint == right.fingerprint
