@@ -280,7 +280,7 @@ def start(store: str, rows: int, batch_size: int) -> Facts:
 
 
 def pack(lengths: str, capacity: int) -> Facts:
-    """Measure online best-fit over lengths."""
+    """Measure packing over lengths."""
     from trainer.data.store.packing import pack as pack_rows
 
     sizes = np.load(lengths)
