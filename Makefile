@@ -1,5 +1,5 @@
 # Everything runs in .venv, made once; a second run of any target installs nothing.
-#   make demo   the whole line on this machine, about five minutes
+#   make demo   the whole line on this machine, about six minutes
 #   make test   all tests, no GPU and no network needed
 #   make check  format, lint, types, import directions
 #
