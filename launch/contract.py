@@ -7,11 +7,9 @@ that guesses its place waits for peers that never come.
 
 from __future__ import annotations
 
-import socket
-import time
 from collections.abc import Mapping
 
-from trainer.errors import PeerLostError, UsageError
+from trainer.errors import UsageError
 from trainer.world import World
 
 NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
@@ -22,16 +20,22 @@ LAUNCHER_PID = "STEADFAST_LAUNCHER_PID"
 def resolve(environ: Mapping[str, str]) -> World | None:
     """Our place among the ranks, or None when no launcher started us.
 
-    Raises UsageError for variables that are half set, are not numbers or contradict each other.
+    Raises UsageError for variables that are half set, are not numbers or contradict each other, and for one of several
+    tasks of srun that has none of them: each would train a run of its own in the same place.
     """
     given = [name for name in VARIABLES if environ.get(name, "") != ""]
     if not given:
+        if tasks := _tasks_of_a_slurm_step(environ):
+            raise UsageError(
+                f"srun started {tasks} tasks, but none of {', '.join(VARIABLES)} is set",
+                "start the job with sbatch slurm/sft.sh CONFIG, which sets them for every task (or use srun -n 1)",
+            )
         return None
     if missing := [name for name in VARIABLES if name not in given]:
-        raise UsageError(
-            f"{', '.join(given)} set in the environment but not {', '.join(missing)}",
-            "a launcher sets all six; to start without one: unset " + " ".join(given),
-        )
+        remedy = "a launcher sets all six; to start without one: unset " + " ".join(given)
+        if _tasks_of_a_slurm_step(environ):
+            remedy = "srun sets none of them: start the job with sbatch slurm/sft.sh CONFIG, which sets all six"
+        raise UsageError(f"{', '.join(given)} set in the environment but not {', '.join(missing)}", remedy)
     number = {name: _whole_number(name, environ[name]) for name in NUMBERS}
     world = World(
         rank=number["RANK"],
@@ -70,27 +74,21 @@ def rank_environment(world: World) -> dict[str, str]:
     }
 
 
-def require_resolvable(address: str, *, tries: int = 3, pause_seconds: float = 2.0) -> None:
-    """Raise PeerLostError when no address is known for the host of rank 0.
-
-    torch would try again in silence until the whole timeout of collectives has passed.
-    """
-    for left in reversed(range(tries)):
-        try:
-            socket.getaddrinfo(address, None)
-            return
-        except (OSError, UnicodeError) as error:
-            if not left:
-                raise PeerLostError(
-                    f"cannot resolve the host of rank 0, MASTER_ADDR={address}: {error}",
-                    "use a name or an address that every node knows",
-                ) from error
-        time.sleep(pause_seconds)
-
-
 def _whole_number(name: str, text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 10):
         raise UsageError(
             f"{name}={text!r} in the environment is not a whole number", "the launcher that set it is wrong"
         )
     return int(text)
+
+
+def _tasks_of_a_slurm_step(environ: Mapping[str, str]) -> int:
+    """Tasks that srun started beside us and us, when there are several; else 0.
+
+    A shell of salloc, a batch script and a notebook in a job have variables of Slurm too, but are no task of a step,
+    or the only one.
+    """
+    tasks = environ.get("SLURM_STEP_NUM_TASKS", "")
+    if "SLURM_STEP_ID" not in environ or "SLURM_PROCID" not in environ or not tasks.isdigit():
+        return 0
+    return int(tasks) if int(tasks) > 1 else 0
