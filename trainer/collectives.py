@@ -25,7 +25,7 @@ def join(world: World, backend: str, timeout_seconds: int, listener: socket.sock
     MASTER_PORT itself.
     """
     timeout = timedelta(seconds=timeout_seconds)
-    store = dist.TCPStore(  # type: ignore[attr-defined] - documented, but not in __all__
+    store = dist.TCPStore(  # type: ignore[attr-defined]  # documented, but not in __all__
         world.master_address,
         world.master_port,
         world.world_size,

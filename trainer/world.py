@@ -23,6 +23,11 @@ class World:
         return self.rank == 0
 
 
+def agent_opens_store(environ: Mapping[str, str]) -> bool:
+    """Whether torchrun's agent serves torch's store at MASTER_PORT, so that every rank is a client."""
+    return environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
 def opens_store(world: World, environ: Mapping[str, str]) -> bool:
-    """Whether this rank serves torch's store to the others. Under torchrun the agent does: all ranks are clients."""
-    return world.is_first and environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    """Whether this rank serves torch's store to the others."""
+    return world.is_first and not agent_opens_store(environ)

@@ -1,0 +1,75 @@
+"""Look at this machine: is it fit to train? One line a check: what was found, and what to do where it is not right.
+
+steadfast doctor
+steadfast doctor --json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+
+from launch.preflight.command import run_probe
+from launch.preflight.facts import host_facts
+from launch.preflight.judge import Finding, Probe, exit_code, judge_host
+from launch.preflight.requirements import read_requirements
+from launch.processes import free_port
+from trainer.config.device import guess_device, visible_gpus
+from trainer.errors import PeerLostError
+from trainer.world import World
+
+_PROBE_SECONDS = 45.0
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `doctor`."""
+    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="ranks that shall run here")
+    parser.add_argument("--no-torch", action="store_true", help="do not start torch (a quick look on a login node)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Report on this machine; 0, or the exit code of what is wrong with it."""
+    facts = host_facts(os.environ)
+    findings = judge_host(facts, read_requirements(), ranks=arguments.ranks)
+    probe = None
+    if not arguments.no_torch and "torch" in facts.versions:
+        world = World(0, 1, 0, 1, "127.0.0.1", free_port("127.0.0.1"))
+        probe = run_probe(world, world.master_port, _PROBE_SECONDS)
+        findings += judge_probe(probe, gpus=visible_gpus(os.environ) if guess_device(os.environ) == "cuda" else 0)
+    code = exit_code(findings)
+    if arguments.json:
+        print(json.dumps({
+            "ok": code == 0, "exit_code": code, "facts": facts.model_dump(),
+            "torch": None if probe is None else probe.model_dump(),
+            "findings": [finding.as_json() for finding in findings],
+        }, indent=1))  # fmt: skip
+        return code
+    widest = max(len(finding.check) for finding in findings)
+    for finding in findings:
+        remedy = f"; {finding.remedy}" if finding.remedy else ""
+        print(f"{finding.level:<7}  {finding.check:<{widest}}  {finding.fact}{remedy}")
+    sys.stdout.flush()
+    return code
+
+
+def judge_probe(probe: Probe, gpus: int) -> list[Finding]:
+    """What torch found on this machine alone; `gpus` are those that it should see."""
+    if probe.error:
+        remedy = "reinstall it: make install" if probe.stage == "not started" else "see the line above this one"
+        return [
+            Finding("error", "torch runs", f"after stage {probe.stage!r}: {probe.error}", remedy, "",
+                    PeerLostError.exit_code)
+        ]  # fmt: skip
+    if gpus and probe.device != "cuda":
+        cuda = f"built for CUDA {probe.cuda}" if probe.cuda else "a build without CUDA"
+        return [
+            Finding("error", "torch runs", f"torch {probe.torch} ({cuda}) sees none of {gpus} GPU(s)",
+                    "install a build that fits the driver, or set DS_ACCELERATOR=cpu", "", PeerLostError.exit_code)
+        ]  # fmt: skip
+    said = f"imported in {probe.import_seconds:.1f} s, its collectives work"
+    if probe.device == "cuda":
+        said += f", NCCL {probe.nccl}, {probe.free_gpu_gib:.1f} GiB of the GPU free"
+    return [Finding("ok", "torch runs", said)]
