@@ -7,6 +7,7 @@ that guesses its place waits for peers that never come.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from trainer.errors import UsageError
@@ -15,6 +16,10 @@ from trainer.world import World
 NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 LAUNCHER_PID = "STEADFAST_LAUNCHER_PID"
+_STEP_VARIABLES = (
+    "SLURM_STEP_ID", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NODEID",
+    "SLURM_STEP_TASKS_PER_NODE",
+)  # fmt: skip
 
 
 def resolve(environ: Mapping[str, str]) -> World | None:
@@ -80,6 +85,23 @@ def _whole_number(name: str, text: str) -> int:
             f"{name}={text!r} in the environment is not a whole number", "the launcher that set it is wrong"
         )
     return int(text)
+
+
+def world_of_step(environ: Mapping[str, str]) -> World | None:
+    """The place of a task of srun, when the job gives MASTER_ADDR and MASTER_PORT to all of its tasks; else None."""
+    if not all(environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT", *_STEP_VARIABLES)):
+        return None
+    counts: list[int] = []
+    # Slurm's short form: 2(x3),1 is 2, 2, 2, 1.
+    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", environ["SLURM_STEP_TASKS_PER_NODE"]):
+        counts += [int(count)] * int(times or 1)
+    step = {
+        "RANK": environ["SLURM_PROCID"],
+        "WORLD_SIZE": environ["SLURM_STEP_NUM_TASKS"],
+        "LOCAL_RANK": environ["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": str(counts[int(environ["SLURM_NODEID"])]),
+    }
+    return resolve({name: environ[name] for name in ("MASTER_ADDR", "MASTER_PORT")} | step)
 
 
 def _tasks_of_a_slurm_step(environ: Mapping[str, str]) -> int:

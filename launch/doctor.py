@@ -11,9 +11,11 @@ import json
 import os
 import sys
 
-from launch.preflight.command import run_probe
+from launch.preflight.collectives import run_probe
 from launch.preflight.facts import host_facts
-from launch.preflight.judge import Finding, Probe, exit_code, judge_host
+from launch.preflight.findings import Finding, error, exit_code, ok
+from launch.preflight.judge_host import judge_host
+from launch.preflight.reports import Probe
 from launch.preflight.requirements import read_requirements
 from launch.processes import free_port
 from trainer.config.device import guess_device, visible_gpus
@@ -57,19 +59,16 @@ def run(arguments: argparse.Namespace) -> int:
 
 def judge_probe(probe: Probe, gpus: int) -> list[Finding]:
     """What torch found on this machine alone; `gpus` are those that it should see."""
+    lost = PeerLostError.exit_code
     if probe.error:
-        remedy = "reinstall it: make install" if probe.stage == "not started" else "see the line above this one"
-        return [
-            Finding("error", "torch runs", f"after stage {probe.stage!r}: {probe.error}", remedy, "",
-                    PeerLostError.exit_code)
-        ]  # fmt: skip
+        stopped = f"after {probe.stage!r}" if probe.stage else "at once"
+        return [error("torch runs", f"it stopped {stopped}: {probe.error}", "reinstall it: make install", lost)]
     if gpus and probe.device != "cuda":
         cuda = f"built for CUDA {probe.cuda}" if probe.cuda else "a build without CUDA"
-        return [
-            Finding("error", "torch runs", f"torch {probe.torch} ({cuda}) sees none of {gpus} GPU(s)",
-                    "install a build that fits the driver, or set DS_ACCELERATOR=cpu", "", PeerLostError.exit_code)
-        ]  # fmt: skip
+        fact = f"torch {probe.torch} ({cuda}) sees none of {gpus} GPU(s)"
+        remedy = "install a build that fits the driver, or set DS_ACCELERATOR=cpu"
+        return [error("torch runs", fact, remedy, lost)]
     said = f"imported in {probe.import_seconds:.1f} s, its collectives work"
     if probe.device == "cuda":
         said += f", NCCL {probe.nccl}, {probe.free_gpu_gib:.1f} GiB of the GPU free"
-    return [Finding("ok", "torch runs", said)]
+    return [ok("torch runs", said)]

@@ -2,7 +2,7 @@
 
     facts     what one host is: versions, cores, memory, limits, disks, GPUs; no torch is imported
     expect    what the run will want of it: code and configuration hashes, size of a checkpoint, time left
-    judge     facts -> findings (ok, warning, error), each a fact and a remedy; pure
+    judge_*   facts -> findings (ok, warning, error), each a fact and a remedy; pure
     meeting   how ranks tell rank 0 their facts over MASTER_PORT, within a bound
     mailbox   the same through run.dir, which shows whether it is shared, and tells who could not come
     probe     a child process that does the first collectives: gloo, then NCCL

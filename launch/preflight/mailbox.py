@@ -11,12 +11,11 @@ import shutil
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal
 
 from pydantic import ValidationError
 
-from launch.preflight.judge import RankFacts
-from trainer.durable import write_file
+from launch.preflight.reports import Nonce, RankFacts
+from trainer.durable import write_errors, write_file
 
 # Facts written longer before the nonce than this belong to an earlier start.
 _OLDEST_SECONDS = 60.0
@@ -28,8 +27,8 @@ class Mailbox:
     """The directory `.preflight` in a run directory; every rank has one."""
 
     def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
         self.path = run_dir / ".preflight"
-        self._is_new_run = not run_dir.exists()
 
     def write(self, facts: RankFacts) -> None:
         """Leave this rank's facts; CannotWriteError when run.dir cannot be written."""
@@ -41,7 +40,7 @@ class Mailbox:
         self._make()
         write_file(self._nonce, nonce)
 
-    def look_for(self, nonce: str, within: float = _LATE_SECONDS) -> Literal["seen", "missing", "stale"]:
+    def look_for(self, nonce: str, within: float = _LATE_SECONDS) -> Nonce:
         """Whether the nonce of rank 0 is here; waits for a late file server, not longer than `within` seconds."""
         end = time.monotonic() + within
         while True:
@@ -66,23 +65,34 @@ class Mailbox:
 
     def remove(self) -> None:
         """Leave no trace; rank 0 calls it last."""
+        was_ours = self._ours.exists()
         shutil.rmtree(self.path, ignore_errors=True)
-        if self._is_new_run:
-            # It goes only when it is empty.
+        if was_ours:
+            # Only when it is empty.
             with suppress(OSError):
-                self.path.parent.rmdir()
+                self._run_dir.rmdir()
 
     def _make(self) -> None:
-        from trainer.durable import write_errors
-
         with write_errors(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
+            is_new = True
+            try:
+                self._run_dir.mkdir(parents=True)
+            except FileExistsError:
+                is_new = False
+            self.path.mkdir(exist_ok=True)
+            if is_new:
+                self._ours.touch()
 
     def _read_nonce(self) -> str | None:
         try:
             return self._nonce.read_text()
         except OSError:
             return None
+
+    @property
+    def _ours(self) -> Path:
+        """Says that run.dir was not there before the preflight."""
+        return self.path / "made-run-dir"
 
     @property
     def _nonce(self) -> Path:

@@ -3,9 +3,9 @@
 That is where torch will meet too, so the port, the name and the way there are tried on the side. A rank asks, rank 0
 answers; nothing waits longer than it was told to:
 
-    {"ask": "time"}                                    -> {"time": seconds since the epoch}, at once
-    {"ask": "report", "rank": r, "body": RankFacts}    -> {"body": Instructions} when all have reported, or time is up
-    {"ask": "result", "rank": r, "body": RankResult}   -> {"body": Verdict} when all have answered, or time is up
+    {"ask": "time"}                         -> {"time": seconds since the epoch}, at once
+    {"ask": "report", "body": RankFacts}    -> {"body": Instructions} when all have reported, or time is up
+    {"ask": "result", "body": RankResult}   -> {"body": Verdict} when all have answered, or time is up
 
 Torch's own store would do the same only after torch was imported, which takes long on a cold file system and not at
 all on a host where it is broken.
@@ -21,10 +21,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from pydantic import ValidationError
-
 from launch.preflight.facts import Facts
-from launch.preflight.judge import RankFacts, RankResult
+from launch.preflight.reports import RankFacts, RankResult
 from trainer.errors import PeerLostError
 
 _LONGEST_LINE = 1 << 20
@@ -36,6 +34,7 @@ class Instructions(Facts):
     """What rank 0 asks of every rank after it has heard of all, or of all that came."""
 
     nonce: str
+    """What to look for in run.dir; empty when rank 0 could not write it."""
     probe_port: int | None
     """Where the collectives meet; None when not everybody came, so that they would only wait."""
     probe_seconds: float
@@ -45,7 +44,6 @@ class Verdict(Facts):
     """How it ended, for the exit code of every rank."""
 
     code: int
-    sentence: str
 
 
 class Desk:
@@ -61,6 +59,7 @@ class Desk:
         self.results: dict[int, RankResult] = {}
         self.gone: set[int] = set()
         self.doubles: list[str] = []
+        self._answered: set[int] = set()
         self._instructions: Instructions | None = None
         self._verdict: Verdict | None = None
 
@@ -86,6 +85,10 @@ class Desk:
     def await_results(self, until: float) -> set[int]:
         """The ranks that reported but gave no result in time; those that went away are not waited for."""
         return self._await(lambda: self.reports.keys() - self.results.keys() - self.gone, until)
+
+    def await_goodbyes(self, until: float) -> None:
+        """Until all that gave a result have got the verdict."""
+        self._await(lambda: self.results.keys() - self._answered - self.gone - {0}, until)
 
     def instruct(self, instructions: Instructions) -> None:
         """Answer all reports, those to come too."""
@@ -117,7 +120,7 @@ class Desk:
     def _answer(self, connection: socket.socket) -> None:
         rank = None
         # A stranger at our port gets no answer and does no harm.
-        with suppress(OSError, ValueError, KeyError, TypeError, ValidationError), connection:
+        with suppress(OSError, ValueError, KeyError, TypeError), connection:
             stream = connection.makefile("rwb")
             while line := stream.readline(_LONGEST_LINE):
                 request = json.loads(line)
@@ -128,16 +131,23 @@ class Desk:
                     rank = report.rank
                     self.put(rank, report)
                     answer = {"body": self._wait_for(lambda: self._instructions)}
-                else:
-                    self.put(int(request["rank"]), RankResult.model_validate(request["body"]))
+                elif rank is not None:
+                    self.put(rank, RankResult.model_validate(request["body"]))
                     answer = {"body": self._wait_for(lambda: self._verdict)}
-                    rank = None
+                else:
+                    raise ValueError("a result without a report")
                 stream.write(json.dumps(answer).encode() + b"\n")
                 stream.flush()
+                if self._verdict is not None and rank is not None:
+                    self._note(self._answered, rank)
+                    return
         if rank is not None:
-            with self._changed:
-                self.gone.add(rank)
-                self._changed.notify_all()
+            self._note(self.gone, rank)
+
+    def _note(self, ranks: set[int], rank: int) -> None:
+        with self._changed:
+            ranks.add(rank)
+            self._changed.notify_all()
 
     def _wait_for(self, what: Callable[[], Facts | None]) -> dict[str, Any]:
         with self._changed:
@@ -171,12 +181,12 @@ class Visitor:
 
     def report(self, facts: RankFacts, until: float) -> Instructions:
         """Tell rank 0 our facts; what it wants of us next."""
-        answer = self._ask({"ask": "report", "rank": facts.rank, "body": facts.model_dump()}, until)
+        answer = self._ask({"ask": "report", "body": facts.model_dump()}, until)
         return Instructions.model_validate(answer["body"])
 
-    def result(self, rank: int, result: RankResult, until: float) -> Verdict:
+    def result(self, result: RankResult, until: float) -> Verdict:
         """Tell rank 0 what we saw; how it all ended."""
-        answer = self._ask({"ask": "result", "rank": rank, "body": result.model_dump()}, until)
+        answer = self._ask({"ask": "result", "body": result.model_dump()}, until)
         return Verdict.model_validate(answer["body"])
 
     def _ask(self, question: dict[str, Any], until: float) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import tomllib
 from pathlib import Path
 
 from launch.preflight.facts import PACKAGES
-from launch.preflight.judge import Requirements
+from launch.preflight.reports import Requirements
 
 ROOT = Path(__file__).resolve().parents[2]
 
