@@ -132,6 +132,9 @@ class Rank:
             skew = visitor.clock_skew()
             self._doing = "waiting for the other ranks"
             instructions = visitor.report(facts, self._at(1.0))
+            if problem:
+                # What cannot be written need not be read.
+                instructions = instructions.model_copy(update={"nonce": ""})
             result = self._result(instructions, skew)
             self._doing = "waiting for the verdict of rank 0"
             return visitor.result(result, self._at(1.0)).code
