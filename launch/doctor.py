@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     probe = None
     if not arguments.no_torch and "torch" in facts.versions:
         world = World(0, 1, 0, 1, "127.0.0.1", free_port("127.0.0.1"))
-        probe = run_probe(world, world.master_port, _PROBE_SECONDS)
+        probe = run_probe(world, world.master_port, _PROBE_SECONDS, libraries=True)
         findings += judge_probe(probe, gpus=visible_gpus(os.environ) if guess_device(os.environ) == "cuda" else 0)
     code = exit_code(findings)
     if arguments.json:
@@ -68,7 +68,7 @@ def judge_probe(probe: Probe, gpus: int) -> list[Finding]:
         fact = f"torch {probe.torch} ({cuda}) sees none of {gpus} GPU(s)"
         remedy = "install a build that fits the driver, or set DS_ACCELERATOR=cpu"
         return [error("torch runs", fact, remedy, lost)]
-    said = f"imported in {probe.import_seconds:.1f} s, its collectives work"
+    said = f"imported in {probe.import_seconds:.1f} s, deepspeed and transformers too; collectives work"
     if probe.device == "cuda":
         said += f", NCCL {probe.nccl}, {probe.free_gpu_gib:.1f} GiB of the GPU free"
     return [ok("torch runs", said)]

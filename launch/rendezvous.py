@@ -18,7 +18,8 @@ from launch.bounded import Overdue, bounded
 from trainer.errors import PeerLostError
 from trainer.world import World, opens_store
 
-MEETING_SECONDS = 60.0
+# With the start of Python it is over within a minute.
+MEETING_SECONDS = 55.0
 _RESOLVE_SECONDS = 15.0
 _RESOLVE_PAUSE_SECONDS = 1.0
 _CONNECT_SECONDS = 5.0
@@ -110,8 +111,9 @@ def resolve_address(address: str, within: float = _RESOLVE_SECONDS) -> list[str]
             return list(dict.fromkeys(str(entry[4][0]) for entry in found))
         except (OSError, UnicodeError, Overdue) as error:
             if not tries or time.monotonic() + _RESOLVE_PAUSE_SECONDS > end:
+                reason = f"no answer in {within:.0f} s" if isinstance(error, Overdue) else str(error)
                 raise PeerLostError(
-                    f"{socket.gethostname()} cannot resolve the host of rank 0, MASTER_ADDR={address}: {error}",
+                    f"{socket.gethostname()} cannot resolve the host of rank 0, MASTER_ADDR={address}: {reason}",
                     "use a name or an address that every node knows",
                 ) from error
         time.sleep(_RESOLVE_PAUSE_SECONDS)

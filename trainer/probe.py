@@ -1,8 +1,8 @@
-"""The first collectives of a run, in a process of their own: `python -m trainer.probe PARENT SECONDS`.
+"""The first collectives of a run, in a process of their own: `python -m trainer.probe PARENT SECONDS [libraries]`.
 
 Run by the preflight with the six variables of a rank. A process, because NCCL may hang or crash in ways that no
 timeout of torch bounds: whoever started it reads one JSON object a line and kills it when time is up. Every line says
-which stage was reached and what was measured: imported, joined, gloo, gpu, nccl, done.
+which stage was reached and what was measured: imported, libraries (when asked for), joined, gloo, gpu, nccl, done.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def main() -> None:
     try:
         from trainer.engine import device as devices
 
-        kind = devices.prepare()
+        kind = devices.choose()
         import torch
 
         say(
@@ -39,6 +39,12 @@ def main() -> None:
             cuda=torch.version.cuda or "",
             device=kind,
         )
+        if "libraries" in sys.argv:
+            devices.prepare()
+            import deepspeed  # noqa: F401
+            import transformers  # noqa: F401
+
+            say("libraries")
         probe(world_of(os.environ), kind, seconds)
         say("done")
     except BaseException as error:

@@ -22,12 +22,18 @@ from trainer.world import World
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run_probe(world: World, port: int, seconds: float) -> Probe:
-    """What the child said until it ended, or was killed after `seconds`; its ranks meet at `port` of MASTER_ADDR."""
+def run_probe(world: World, port: int, seconds: float, *, libraries: bool = False) -> Probe:
+    """What the child said until it ended, or was killed after `seconds`; its ranks meet at `port` of MASTER_ADDR.
+
+    `libraries`: it also imports deepspeed and transformers, which takes longer than all the rest.
+    """
     environ = {name: text for name, text in os.environ.items() if not name.startswith("TORCHELASTIC_")}
     end = time.monotonic() + seconds
     child = subprocess.Popen(
-        [sys.executable, "-m", "trainer.probe", str(os.getpid()), str(max(1, int(seconds)))],
+        [
+            *(sys.executable, "-m", "trainer.probe", str(os.getpid()), str(max(1, int(seconds)))),
+            *(["libraries"] if libraries else []),
+        ],
         cwd=ROOT,
         env=environ | rank_environment(replace(world, master_port=port)),
         stdin=subprocess.DEVNULL,

@@ -31,8 +31,8 @@ def judge_run(attendance: Attendance, expected: Expected, requirements: Requirem
         judged = judge_host(ranks[0].host, requirements, ranks=each, several=several)
         findings += [finding for finding in judged if finding.level != "ok"]
         findings += [*_inputs(host, ranks), *_gpus(host, ranks), *_clock(host, ranks, attendance, several)]
-        findings += [*_run_directory(host, ranks, attendance), *_room(host, ranks[0], expected)]
-    findings += [*_collectives(attendance, several), *judge_time(expected)]
+        findings += _room(host, ranks[0], expected)
+    findings += [*_run_directory(attendance), *_collectives(attendance, several), *judge_time(expected)]
     # A host that runs two ranks is judged for both.
     return list(dict.fromkeys(findings))
 
@@ -68,6 +68,9 @@ def ranks_as_text(ranks: Sequence[int]) -> str:
 def _missing(attendance: Attendance) -> list[Finding]:
     """Ranks that are not there, or there twice."""
     lost = PeerLostError.exit_code
+    first = attendance.reports[0]
+    # Then nobody can come from elsewhere, and no host is to blame.
+    hopeless = _is_loopback_name(first.master)
     findings = [
         error("ranks", sentence, "each rank must be started once", UsageError.exit_code)
         for sentence in attendance.doubles
@@ -76,10 +79,9 @@ def _missing(attendance: Attendance) -> list[Finding]:
     for rank, host in sorted(attendance.absent.items()):
         by_host.setdefault(host, []).append(rank)
     for host, ranks in by_host.items():
-        where = f" on {host}" if host else ""
-        fact = f"rank {ranks_as_text(ranks)}{where} did not answer"
-        findings.append(error("ranks", fact, "see whether its host is up and its process started", lost, host))
-    first = attendance.reports[0]
+        fact = f"rank {ranks_as_text(ranks)}{f' on {host}' if host else ''} did not answer"
+        remedy = "see whether its host is up and its process started"
+        findings.append(error("ranks", fact, remedy, lost, "" if hopeless else host))
     for rank, facts in sorted(attendance.unreachable.items()):
         if facts.master != first.master:
             remedy = f"it has MASTER_ADDR:MASTER_PORT={facts.master}, rank 0 has {first.master}"
@@ -87,8 +89,9 @@ def _missing(attendance: Attendance) -> list[Finding]:
             remedy = f"there {facts.master} is {', '.join(facts.master_addresses)}, that host itself"
         else:
             remedy = "a firewall or a wrong interface stands between"
-        fact = f"rank {rank} has written into run.dir but cannot reach rank 0"
-        findings.append(error("master", fact, remedy, lost, facts.host.node))
+        blamed = "" if hopeless and facts.master == first.master else facts.host.node
+        fact = f"rank {rank} on {facts.host.node} has written into run.dir but cannot reach rank 0"
+        findings.append(error("master", fact, remedy, lost, blamed))
     for rank in sorted(attendance.gone):
         host = attendance.reports[rank].host.node
         findings.append(error("ranks", f"rank {rank} ended during the preflight", "see what it said", lost, host))
@@ -145,14 +148,20 @@ def _driver(facts: RankFacts) -> str:
 def _master(attendance: Attendance, several: bool) -> list[Finding]:
     """MASTER_ADDR as the host of rank 0 understands it."""
     first = attendance.reports[0]
-    address = first.master.rpartition(":")[0]
     if not several or not any(map(is_loopback, first.master_addresses)):
         return []
-    if address == "localhost" or is_loopback(address):
+    address = first.master.rpartition(":")[0]
+    if _is_loopback_name(first.master):
         fact = f"MASTER_ADDR={address} means every host itself, and there are several"
         return [error("master", fact, "set it to the name of the host of rank 0", UsageError.exit_code)]
     fact = f"on its own host MASTER_ADDR={address} is {', '.join(first.master_addresses)}"
     return [warning("master", fact, "mend /etc/hosts there", first.host.node)]
+
+
+def _is_loopback_name(master: str) -> bool:
+    """Whether HOST:PORT means every host itself, whoever reads it."""
+    address = master.rpartition(":")[0]
+    return address == "localhost" or is_loopback(address)
 
 
 def _inputs(host: str, ranks: Sequence[RankFacts]) -> list[Finding]:
@@ -179,19 +188,25 @@ def _clock(host: str, ranks: Sequence[RankFacts], attendance: Attendance, severa
     return [warning("clock", fact, "synchronise it (chrony): times in logs will not fit together", host)]
 
 
-def _run_directory(host: str, ranks: Sequence[RankFacts], attendance: Attendance) -> list[Finding]:
-    code, place, kind = CannotWriteError.exit_code, ranks[0].run_dir, ranks[0].run_dir_file_system
-    if problem := next((facts.run_dir_problem for facts in ranks if facts.run_dir_problem), ""):
-        return [error("run.dir", problem, "mend it, or set another run.dir", code, host)]
-    # When rank 0 could not write its file nobody can see it.
-    if attendance.reports[0].run_dir_problem:
-        return []
-    seen = {attendance.results[facts.rank].nonce for facts in ranks if facts.rank in attendance.results}
-    if seen <= {"seen"}:
-        return []
-    what = "the file of an earlier start" if "stale" in seen else "nothing of what rank 0 wrote"
-    fact = f"run.dir={place} ({kind}) has {what}: it is another directory than that of rank 0"
-    return [error("run.dir", fact, "put run.dir on a file system that all hosts share", code, host)]
+def _run_directory(attendance: Attendance) -> list[Finding]:
+    """Whether every host writes run.dir, and sees there what rank 0 wrote."""
+    code, findings, strangers = CannotWriteError.exit_code, [], []
+    hosts = attendance.hosts()
+    for host, ranks in hosts.items():
+        if problem := next((facts.run_dir_problem for facts in ranks if facts.run_dir_problem), ""):
+            findings.append(error("run.dir", problem, "mend it, or set another run.dir", code, host))
+            continue
+        seen = {attendance.results[facts.rank].nonce for facts in ranks if facts.rank in attendance.results}
+        # When rank 0 could not write its file nobody can see it.
+        if not seen <= {"seen"} and not attendance.reports[0].run_dir_problem:
+            what = "the file of an earlier start" if "stale" in seen else "nothing of what rank 0 wrote"
+            place = f"run.dir={ranks[0].run_dir} on {host} ({ranks[0].run_dir_file_system})"
+            strangers.append((host, f"{place} has {what}: it is another directory than that of rank 0"))
+    # When only the host of rank 0 sees it, run.dir is simply not shared, and leaving a host out would not help.
+    everybody = len(strangers) == len(hosts) - 1
+    remedy = "put run.dir on a file system that all hosts share"
+    findings += [error("run.dir", fact, remedy, code, "" if everybody else host) for host, fact in strangers]
+    return findings
 
 
 def _room(host: str, facts: RankFacts, expected: Expected) -> list[Finding]:
@@ -211,10 +226,13 @@ def _room(host: str, facts: RankFacts, expected: Expected) -> list[Finding]:
 def _collectives(attendance: Attendance, several: bool) -> list[Finding]:
     findings = []
     # When one rank breaks down the others only say that they lost it: those that came least far tell why.
-    stages = ["", "imported", "joined", "gloo", "gpu", "nccl", "done"]
+    stages = ["", "imported", "libraries", "joined", "gloo", "gpu", "nccl", "done"]
     reached = {rank: stages.index(result.probe.stage) for rank, result in attendance.results.items()}
     for rank, result in sorted(attendance.results.items()):
         probe, host = result.probe, attendance.reports[rank].host.node
+        if probe.error and (attendance.silent or attendance.gone):
+            # They waited for those who are named already.
+            continue
         if probe.error and reached[rank] == min(reached.values()):
             everybody = len(set(reached.values())) == 1 and len(reached) > 1
             fact = f"rank {rank} stopped {f'after {probe.stage!r}' if probe.stage else 'at once'}: {probe.error}"

@@ -1,6 +1,6 @@
 """One rank of the preflight, from its own facts to the verdict that all ranks share.
 
-Time is divided beforehand: ranks meet within 45 % of it, the collectives end by 85 %, the verdict is there by 95 %.
+Time is divided beforehand: ranks meet within 45 % of it, the collectives end by 85 %, the verdict is there by 93 %.
 Whatever hangs all the same (a file server) ends with the process when all of it has passed.
 """
 
@@ -39,7 +39,7 @@ from trainer.errors import CannotWriteError, PeerLostError
 from trainer.world import World, agent_opens_store
 
 _FILE_SECONDS = 8.0
-_MEETING_ENDS, _PROBE_ENDS, _VERDICT_COMES = 0.45, 0.85, 0.95
+_MEETING_ENDS, _PROBE_ENDS, _VERDICT_COMES, _ALL_ENDS = 0.45, 0.85, 0.93, 0.97
 _GOODBYE_SECONDS = 2.0
 _Result = TypeVar("_Result")
 
@@ -131,13 +131,13 @@ class Rank:
             visitor = Visitor(connection, place)
             skew = visitor.clock_skew()
             self._doing = "waiting for the other ranks"
-            instructions = visitor.report(facts, self._at(1.0))
+            instructions = visitor.report(facts, self._at(_ALL_ENDS))
             if problem:
                 # What cannot be written need not be read.
                 instructions = instructions.model_copy(update={"nonce": ""})
             result = self._result(instructions, skew)
             self._doing = "waiting for the verdict of rank 0"
-            return visitor.result(result, self._at(1.0)).code
+            return visitor.result(result, self._at(_ALL_ENDS)).code
 
     def _facts(self, run_dir_problem: str) -> RankFacts:
         world, run_dir = self._world, Path(self._config.run.dir)

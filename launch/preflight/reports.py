@@ -13,7 +13,7 @@ class Probe(Facts):
     """How far the child with the first collectives came, and what it measured; rates in GiB/s."""
 
     stage: str = ""
-    """The last stage that it reached: imported, joined, gloo, gpu, nccl, done; empty before the first."""
+    """The last stage that it reached: imported, (libraries,) joined, gloo, gpu, nccl, done; empty before the first."""
     error: str = ""
     import_seconds: float | None = None
     torch: str = ""

@@ -199,6 +199,10 @@ def test_a_loopback_master_is_refused_only_for_several_hosts() -> None:
     everybody = [rank(number, master="127.0.0.1:2000", master_addresses=["127.0.0.1"]) for number in range(6)]
     (found,) = troubles(attended(*everybody))
     assert found == ("error", "", "MASTER_ADDR=127.0.0.1 means every host itself, and there are several", 2)
+    lost = {4: everybody[4], 5: everybody[5]}
+    found = troubles(attended(*everybody[:4], unreachable=lost))
+    assert {entry[1] for entry in found} == {""}, "leaving hosts out would not help"
+    assert {entry[3] for entry in found} == {2, 69}
     alone = loopback.model_copy(update={"world_size": 1, "local_world_size": 1})
     assert troubles(Attendance(reports={0: alone}, results={0: result()})) == []
     # Debian gives a host's own name this address; others know the right one.
@@ -209,7 +213,10 @@ def test_a_loopback_master_is_refused_only_for_several_hosts() -> None:
 def test_a_run_dir_must_be_shared_and_writable() -> None:
     (found,) = troubles(attended(results={2: result(nonce="missing")}))
     assert found[:2] == ("error", "node1")
-    assert "run.dir=/shared/run (lustre) has nothing of what rank 0 wrote" in found[2]
+    assert "run.dir=/shared/run on node1 (lustre) has nothing of what rank 0 wrote" in found[2]
+    # When nobody else sees it, no host is to blame.
+    alone = {number: result(nonce="missing") for number in range(2, 6)}
+    assert [entry[1] for entry in troubles(attended(results=alone))] == ["", ""]
     assert "an earlier start" in troubles(attended(results={2: result(nonce="stale")}))[0][2]
     assert troubles(attended(rank(3, run_dir_problem="cannot write x: Read-only file system"))) == [
         ("error", "node1", "cannot write x: Read-only file system", 73)
@@ -253,6 +260,11 @@ def test_the_rank_that_came_least_far_is_blamed() -> None:
     broken = result(probe=Probe(stage="imported", error="its process ended with signal 11: it said nothing"))
     assert troubles(attended(results={0: lost, 1: lost, 2: broken, 3: lost, 4: lost, 5: lost})) == [
         ("error", "node1", "rank 2 stopped after 'imported': its process ended with signal 11: it said nothing", 69)
+    ]
+    # Those who waited for a rank that is named already are not to blame.
+    waited = dict.fromkeys((0, 1, 2, 4, 5), lost)
+    assert troubles(attended(results=waited, silent=frozenset({3}))) == [
+        ("error", "node1", "rank 3 came, then fell silent", 69)
     ]
     # When all stop at the same place no host is to blame.
     assert {entry[1] for entry in troubles(attended(results=dict.fromkeys(range(6), lost)))} == {""}
