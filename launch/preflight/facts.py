@@ -89,14 +89,17 @@ class HostFacts(Facts):
     """GLOO_SOCKET_IFNAME."""
 
 
-def host_facts(environ: Mapping[str, str]) -> HostFacts:
-    """The facts of this host; takes seconds at most, whatever is broken."""
+def host_facts(environ: Mapping[str, str], *, with_gpus: bool = True) -> HostFacts:
+    """The facts of this host; takes seconds at most, whatever is broken.
+
+    `with_gpus`: ask the driver for its GPUs. Of many ranks on a host one is enough, the driver is slow to answer.
+    """
     host = socket.gethostname()
     memory, free = _memory()
     shm = _within(lambda: shutil.disk_usage("/dev/shm"), None)
     directory = Path.cwd()
     disk = _within(lambda: shutil.disk_usage(directory), None)
-    gpus, problem = _gpus(environ)
+    gpus, problem = _gpus(environ) if with_gpus else ([], "")
     threads = environ.get("OMP_NUM_THREADS", "")
     return HostFacts(
         host=host,

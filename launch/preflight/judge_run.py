@@ -116,7 +116,8 @@ def _differences(hosts: Mapping[str, Sequence[RankFacts]]) -> list[Finding]:
     for name, value, remedy in must_agree:
         for host, fact in _odd_ones(hosts, name, value):
             findings.append(error(name, fact, remedy, UsageError.exit_code, host))
-    for host, fact in _odd_ones(hosts, "the driver", _driver):
+    # Only the first rank of a host has asked for its GPUs.
+    for host, fact in _odd_ones({host: ranks[:1] for host, ranks in hosts.items()}, "the driver", _driver):
         findings.append(warning("driver", fact, "different drivers mostly work together", host))
     return findings
 

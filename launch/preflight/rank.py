@@ -164,7 +164,7 @@ class Rank:
             run_dir_file_system=file_system_of(run_dir),
             run_dir_free_gib=_or_else(lambda: shutil.disk_usage(existing).free / GIB, None) if existing else None,
             run_dir_problem=run_dir_problem,
-            host=host_facts(os.environ),
+            host=host_facts(os.environ, with_gpus=world.local_rank == 0),
         )
 
     def _result(self, instructions: Instructions, skew: float) -> RankResult:

@@ -39,7 +39,9 @@ def as_lines(attendance: Attendance, findings: list[Finding], ranks: int, second
         lines.append(f"to leave the bad hosts out: --exclude={','.join(excluded)}")
     code = exit_code(findings)
     verdict = f"not fit to train (exit code {code})" if code else "fit to train"
-    return [*lines, f"preflight: {verdict}: {len(hosts)} host(s), {ranks} rank(s), {seconds:.1f} s"]
+    lines.append(f"preflight: {verdict}: {len(hosts)} host(s), {ranks} rank(s), {seconds:.1f} s")
+    # Some of it came over the network: nothing in it may steer a terminal.
+    return ["".join(letter if letter.isprintable() else "?" for letter in line) for line in lines]
 
 
 def _hosts(attendance: Attendance, findings: list[Finding]) -> list[str]:

@@ -166,6 +166,11 @@ def test_who_differs_from_most_is_named() -> None:
         reports={0: rank(0, world_size=2), 2: rank(2, world_size=2, code="0ld")}, results={0: result(), 2: result()}
     )
     assert troubles(two) == [("error", "node1", "code is 0ld on rank 2, elsewhere c0de", 2)]
+    gpus = {node: host(host=node, node=node, gpus=[GPU]) for node in ("node0", "node1", "node2")}
+    gpus["node1"] = host(host="node1", node="node1", gpus=[GPU.model_copy(update={"driver": "535.2"})])
+    assert troubles(attended(*(rank(number, on=gpus[f"node{number // 2}"]) for number in (0, 2, 4)))) == [
+        ("warning", "node1", "the driver is 535.2 on rank 2, elsewhere 570.1", 0)
+    ]
     old = host(host="node1", node="node1", versions=HOST.versions | {"torch": "2.12.0"})
     assert troubles(attended(rank(2, on=old), rank(3, on=old))) == [
         ("error", "node1", "torch is 2.12.0 on rank 2-3, elsewhere 2.13.0+cu126", 2),
@@ -317,6 +322,8 @@ def test_a_report_has_one_line_a_host() -> None:
     assert lines[2] == "node2  error    not heard of"
     assert lines[-2] == "to leave the bad hosts out: --exclude=node1,node2"
     assert lines[-1] == "preflight: not fit to train (exit code 2): 3 host(s), 6 rank(s), 3.1 s"
+    sly = attended(rank(2, code="\x1b[2Jgone"))
+    assert not any("\x1b" in line for line in as_lines(sly, judge_run(sly, EXPECTED, NEEDS), 6, 1.0))
     report = json.loads(as_json(attendance, findings, 3.14))
     assert (report["ok"], report["exit_code"], report["exclude"]) == (False, 2, ["node1", "node2"])
     assert Finding(**report["findings"][0]) == findings[0]
