@@ -172,7 +172,17 @@ def test_the_readme_names_real_commands_and_a_valid_configuration():
 
 
 HEAVY = {
-    *("torch", "deepspeed", "transformers", "tokenizers", "datasets", "ray", "tensorboard", "safetensors", "accelerate"),
+    *(
+        "torch",
+        "deepspeed",
+        "transformers",
+        "tokenizers",
+        "datasets",
+        "ray",
+        "tensorboard",
+        "safetensors",
+        "accelerate",
+    ),
     *("pyarrow", "pandas", "scipy", "sklearn", "fsspec", "aiohttp", "requests", "fastapi", "uvicorn", "jinja2"),
 }
 
