@@ -176,8 +176,8 @@ def read(store: str, batch_size: int, rows: int, ahead: bool) -> Facts:
     from trainer.data.order import GlobalOrder
     from trainer.data.store.reader import open_store
 
-    def batches() -> Iterator[tuple[Any, Any]]:
-        import torch
+    def batches() -> Iterator[tuple[Any, ...]]:
+        from torch import from_numpy
 
         opened = open_store(Path(store), verify=False)
         plan = opened.plan()
@@ -185,7 +185,7 @@ def read(store: str, batch_size: int, rows: int, ahead: bool) -> Facts:
             with contextlib.closing(_feed(opened, plan, rows, batch_size)) as feed:
                 for _ in range(rows // batch_size):
                     batch = feed.next_step().micro_batches[0]
-                    yield torch.from_numpy(batch.input_ids), torch.from_numpy(batch.targets)
+                    yield from_numpy(batch.input_ids), from_numpy(batch.targets), from_numpy(batch.position_ids)
             return
         order = GlobalOrder(rows, 1).rows_at(np.arange(rows))
         assembler = Assembler(opened, plan)
@@ -194,7 +194,7 @@ def read(store: str, batch_size: int, rows: int, ahead: bool) -> Facts:
             layouts = look_up(opened, plan, order[begin : begin + at_once])
             for first in range(0, len(layouts), batch_size):
                 batch = assembler.assemble(layouts[first : first + batch_size])
-                yield torch.from_numpy(batch.input_ids), torch.from_numpy(batch.targets)
+                yield from_numpy(batch.input_ids), from_numpy(batch.targets), from_numpy(batch.position_ids)
 
     return measured_pass(batches)
 

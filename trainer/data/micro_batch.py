@@ -75,10 +75,10 @@ def look_up(store: TokenStore, plan: RowPlan, rows: Sequence[int] | NDArray[np.i
     ends = np.cumsum(size)
     at = ends - size
     at -= np.repeat(at[np.cumsum(counts) - counts], counts)
-    origin, owner, span = _from_shards(store, shard, local)
+    origin, owner, spans = _from_shards(store, shard, local)
 
-    begin = np.maximum(span[:, 0], first_target[owner])
-    end = np.minimum(span[:, 1], stop[owner])
+    begin = np.maximum(spans[0], first_target[owner])
+    end = np.minimum(spans[1], stop[owner])
     inside = begin < end
     owner = owner[inside]
     shift = (at + head - start)[owner]
@@ -89,9 +89,10 @@ def look_up(store: TokenStore, plan: RowPlan, rows: Sequence[int] | NDArray[np.i
     if head.any():
         heads = np.flatnonzero(head)
         piece_row = np.concatenate([row, row[heads]])
-        in_rows = np.argsort(piece_row, kind="stable")
         pinned = (shard, origin, at, at + head)
-        columns = [np.concatenate([body, other[heads]])[in_rows] for body, other in zip(columns, pinned, strict=True)]
+        columns = [np.concatenate([body, other[heads]]) for body, other in zip(columns, pinned, strict=True)]
+        in_rows = np.lexsort((columns[2], piece_row))
+        columns = [column[in_rows] for column in columns]
         piece_row = piece_row[in_rows]
     pieces = zip(*(column.tolist() for column in columns), strict=True)
     parts = (
@@ -99,26 +100,29 @@ def look_up(store: TokenStore, plan: RowPlan, rows: Sequence[int] | NDArray[np.i
         _by_row(row[owner], list(targets), len(wanted)),
         _by_row(row, size.tolist(), len(wanted)),
     )
-    return [RowLayout(*layout) for layout in zip(*parts, strict=True)]
+    return list(map(RowLayout, *parts))
 
 
 def _from_shards(
     store: TokenStore, shard: NDArray[np.int64], local: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Where each document begins in its shard's ids; of all supervised spans the owner, ascending, and the edges."""
+    """Where each document begins in its shard's ids; of all supervised spans the owner, ascending, and [2, spans]."""
     origin = np.empty(len(shard), dtype=np.int64)
     owners, spans = [], []
-    for number in np.unique(shard).tolist():
-        mine = np.flatnonzero(shard == number)
+    by_shard = np.argsort(shard, kind="stable")
+    numbers, first = np.unique(shard[by_shard], return_index=True)
+    for number, mine in zip(numbers.tolist(), np.split(by_shard, first[1:]), strict=True):
         arrays = store.shard(number)
         inside = local[mine]
         origin[mine] = arrays["document_offsets"][inside]
         offsets = arrays["span_offsets"]
+        counts = (offsets[inside + 1] - offsets[inside]).astype(np.int64)
+        owners.append(np.repeat(mine, counts))
         spans.append(arrays["loss_spans"][take_parts(offsets, inside)])
-        owners.append(np.repeat(mine, (offsets[inside + 1] - offsets[inside]).astype(np.int64)))
     owner = np.concatenate(owners)
     in_order = np.argsort(owner, kind="stable")
-    return origin, owner[in_order], np.concatenate(spans)[in_order].astype(np.int64)
+    edges = np.ascontiguousarray(np.concatenate(spans).T, dtype=np.int64)
+    return origin, owner[in_order], edges[:, in_order]
 
 
 def _by_row(rows: NDArray[np.int64], parts: list[Part], count: int) -> list[list[Part]]:
@@ -168,21 +172,23 @@ class Assembler:
 
     def _ids(self, rows: Sequence[RowLayout], length: int) -> NDArray[Any]:
         """Ids of the rows, one after another; overwritten by the next call."""
-        opened: dict[int, memoryview] = {}
-        for number in {piece[0] for row in rows for piece in row.pieces}:
-            ids = self._store.shard(number)["ids"]
-            opened[number] = ids.data
+        numbers = {piece[0] for row in rows for piece in row.pieces}
+        arrays = {number: self._store.shard(number)["ids"] for number in numbers}
+        for ids in arrays.values():
             if self._narrow.dtype != ids.dtype:
                 self._narrow = np.empty(0, dtype=ids.dtype)
         total = len(rows) * length
         if len(self._narrow) < total:
             self._narrow = np.empty(total, dtype=self._narrow.dtype)
         found = self._narrow[:total]
+        views = {number: ids.data for number, ids in arrays.items()}
         target = found.data
         for row_begin, row in zip(range(0, total, length), rows, strict=True):
+            end = 0
             for shard, source, begin, end in row.pieces:
-                target[row_begin + begin : row_begin + end] = opened[shard][source : source + end - begin]
-            found[row_begin + sum(row.samples) : row_begin + length] = self._padding_id
+                target[row_begin + begin : row_begin + end] = views[shard][source : source + end - begin]
+            if end < length:
+                found[row_begin + end : row_begin + length] = self._padding_id
         return found
 
     def _row_length(self, rows: Sequence[RowLayout]) -> int:
