@@ -16,9 +16,10 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from launch.attempts import run_with_restarts
 from launch.contract import LAUNCHER_PID, VARIABLES, resolve
 from launch.local import launch_local, plan_local
-from launch.train_command import checked_config, rank_command, require_gpus
+from launch.train_command import add_restart_argument, checked_config, rank_command, require_gpus
 from trainer.config.arguments import add_config_arguments
 from trainer.config.deepspeed import accumulation_steps
 from trainer.config.device import guess_device
@@ -38,6 +39,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         place.add_argument("--ranks-per-node", type=int, metavar="K", help="ranks on a node (default: one a GPU, or 1)")
         place.add_argument("--dry-run", action="store_true", help="print the plan and start nothing")
         place.add_argument("--json", action="store_true", help="with --dry-run: print the plan as JSON")
+    add_restart_argument(local)
     ray.add_argument("--address", metavar="ADDRESS", help="Ray cluster, e.g. auto or HOST:6379 (default: a local one)")
 
 
@@ -63,7 +65,11 @@ def run(arguments: argparse.Namespace) -> int:
         _show(_plan(arguments, config, command, nodes, ranks), as_json=arguments.json)
         return 0
     if arguments.place == "local":
-        return launch_local(command, processes=ranks, environ=os.environ, run_dir=Path(config.run.dir))
+        return run_with_restarts(
+            lambda: launch_local(command, processes=ranks, environ=os.environ, run_dir=Path(config.run.dir)),
+            config,
+            arguments.max_restarts,
+        )
     from launch.ray import launch_ray
 
     return launch_ray(
