@@ -101,7 +101,12 @@ def earlier_attempts(run: RunDirectory, job: str) -> list[Attempt]:
 
 
 def write_reference(run: RunDirectory, reference: dict[str, Any]) -> None:
-    """Leave in the run directory where this run was launched, for `launch status`, `logs` and `stop`."""
+    """Leave in the run directory where this run was launched, for `launch status`, `logs` and `stop`.
+
+    A directory in use keeps its own. Raises CannotWriteError.
+    """
+    if run.in_use():
+        return
     with write_errors(run.path):
         run.path.mkdir(parents=True, exist_ok=True)
     write_file(run.launched, json.dumps(reference, indent=1) + "\n")

@@ -24,6 +24,7 @@ from trainer.run_directory import RunDirectory
 
 GRACE_SECONDS = 10.0
 SETTLE_SECONDS = 2.0
+TIME_LIMIT = "time limit"
 
 # What the exit codes of a rank say.
 MEANINGS: dict[int, str] = {
@@ -47,7 +48,7 @@ class Ending:
     code: int
     """Exit code of the run."""
     asked: str = ""
-    """Name of the signal that first asked for a stop, if any did."""
+    """Name of the signal that first asked for a stop, if any did; TIME_LIMIT when the deadline came first."""
     blamed: str = ""
     """The sentence that was said about the rank that failed first."""
 
@@ -75,12 +76,14 @@ def supervise(
     run_dir: Path,
     grace_seconds: float = GRACE_SECONDS,
     settle_seconds: float = SETTLE_SECONDS,
+    deadline: float = float("inf"),
 ) -> Ending:
     """Start `ranks`, watch them to their end and say how the run ended.
 
     Its exit code is 0 when all ranks ended well, 75 when they did after a request to stop and rank 0 left its marker,
     130 after a second interrupt; else the code of the rank that failed first (69 when a signal killed it, 70 when the
     code is none of ours).
+    At `deadline` (seconds since the epoch) what still runs is killed, with code 69: its checkpoint came too late.
     Call it from the main thread: SIGINT, SIGTERM and SIGUSR2 are handled here.
     """
     run = RunDirectory(run_dir)
@@ -105,6 +108,10 @@ def supervise(
                 now = time.monotonic()
                 if requests.kill:
                     return _interrupted(screen, requests.asked)
+                if time.time() >= deadline:
+                    late = "the time limit is near: all ranks were killed before they had ended by themselves"
+                    screen.say(f"error: {late}")
+                    return Ending(PeerLostError.exit_code, TIME_LIMIT, late)
                 if (asked := requests.take()) is not None:
                     screen.say(
                         f"{asked}: asking all ranks for a checkpoint, then stopping (Ctrl-C again stops at once)"
@@ -153,6 +160,8 @@ def describe(ended: Ended, world_size: int, last_words: str, report: Path | None
     None when a single rank has said it all itself.
     """
     who = f"rank {ended.rank} of {world_size}" if world_size > 1 else "the training process"
+    if ended.host and not ended.note:
+        who += f" on {ended.host}"
     remedies = []
     if ended.note:
         how = ended.note

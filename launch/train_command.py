@@ -19,7 +19,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from launch.attempts import run_with_restarts
+from launch import local_place
+from launch.attempts import run_with_restarts, write_reference
 from launch.contract import LAUNCHER_PID, require_resolvable, resolve
 from launch.faults import name_of_fault
 from launch.local import launch_local
@@ -54,6 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
         require_gpus("--nproc", processes, os.environ)
         config = checked_config(arguments.config, arguments.overrides, processes, guess_device(os.environ))
         command = rank_command(arguments.config, arguments.overrides, show_traceback=arguments.traceback)
+        write_reference(RunDirectory(Path(config.run.dir)), local_place.reference())
         return run_with_restarts(
             lambda: launch_local(command, processes=processes, environ=os.environ, run_dir=Path(config.run.dir)),
             config,
