@@ -32,7 +32,7 @@ _MARKS = re.compile(f"{_OPENS}((?:(?!{_OPENS}|{_CLOSES}).)*){_CLOSES}|{_OPENS}|{
 # Of the pieces that the twin encodes, the tokenizer encodes one in so many too, chosen by their hash, and the first
 # ones after every `check_again`.
 CHECKED_SHARE = 64
-CHECKED_FIRST = 200
+CHECKED_FIRST = 64
 
 
 class TextEncoder:

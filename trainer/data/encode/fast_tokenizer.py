@@ -1,11 +1,14 @@
 """A twin of the tokenizer: the same ids, several times faster, or the reason why there is none.
 
-fastokens reads the tokenizer's own definition and is tried first: on the stress list here, and on a fixed share of the
-user's own texts by `TextEncoder`, which raises TwinMismatch at the first difference. Where it is not installed, cannot
-read the definition, or differs, the next twin is tried in the same way.
+Every twin is tried: on a stress list here, and on a fixed share of the user's own texts by `TextEncoder`, which raises
+TwinMismatch at the first difference.
 
-A byte-level BPE tokenizer becomes a tiktoken encoding. tiktoken merges the neighbours whose union has the lowest id,
-`tokenizers` the neighbours that stand first in its list of merges. Both give the same ids on every text when
+A SentencePiece model is encoded by its own library. Byte-level BPE is encoded by fastokens, which reads the tokenizer's
+own definition and follows its list of merges; where it is not installed, cannot read the definition or gives other ids,
+by tiktoken.
+
+tiktoken merges the neighbours whose union has the lowest id, `tokenizers` the neighbours that stand first in its list
+of merges. Both give the same ids on every text when
 
 1. along the list of merges the ids of the unions never fall, and
 2. the bytes of every token, merged by the list, become that very token.
@@ -16,9 +19,6 @@ the list, though xy is a token. Alone, x y is then reached too and stays as it i
 
 A token that breaks 2 can never appear where whole words are not looked up first: it is left out. Where they are
 (`ignore_merges`) it is kept if all ways to cut it in two are in the list, for then no neighbours can differ over it.
-How the text is cut into words is not proved but tried.
-
-A SentencePiece model is encoded by its own library.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -92,10 +92,12 @@ class Twin:
     Attributes:
         name: of the library that does it.
         encode: ids of a text; None when it is too odd to be left to the twin (a word or white space without end).
+        passed_over: why an installed, faster library is not used; empty if there is none.
     """
 
     name: str
     encode: Callable[[str], list[int] | None]
+    passed_over: str = ""
 
 
 def verified_twin(tokenizer: Any, directory: Path | None = None) -> Twin | NoTwin:
@@ -110,14 +112,17 @@ def verified_twin(tokenizer: Any, directory: Path | None = None) -> Twin | NoTwi
     definition = json.loads(tokenizer.backend_tokenizer.to_str())
     definition |= {"truncation": None, "padding": None, "post_processor": None}
     backend = Tokenizer.from_str(json.dumps(definition))
+    passed_over = ""
     try:
-        return _checked(_fastokens(definition), definition, backend)
-    except _NoTwinError:
-        pass
-    try:
-        return _checked(_twin_of(definition, backend, directory), definition, backend)
+        if fastest := _fastokens(definition):
+            return _checked(fastest, definition, backend)
     except _NoTwinError as error:
-        return NoTwin(str(error))
+        passed_over = str(error)
+    try:
+        twin = _twin_of(definition, backend, directory)
+        return replace(_checked(twin, definition, backend), passed_over=passed_over)
+    except _NoTwinError as error:
+        return NoTwin("; ".join(filter(None, (passed_over, str(error)))))
 
 
 class _NoTwinError(Exception):
@@ -227,15 +232,18 @@ def _checked(twin: Twin, definition: dict[str, Any], backend: Any) -> Twin:
     return twin
 
 
-def _fastokens(definition: dict[str, Any]) -> Twin:
+def _fastokens(definition: dict[str, Any]) -> Twin | None:
+    """A twin by fastokens; None when it is not installed, and for SentencePiece, where it takes "<0x41>" for a byte."""
+    if not _is_byte_level(definition["pre_tokenizer"]):
+        return None
     try:
         from fastokens import Tokenizer
     except ImportError:
-        raise _NoTwinError("fastokens is not installed") from None
+        return None
     try:
         encode = Tokenizer.from_json_str(json.dumps(definition)).encode
     except ValueError as error:
-        raise _NoTwinError(f"fastokens cannot read it: {error}") from None
+        raise _NoTwinError(f"fastokens cannot read the tokenizer: {error}") from None
 
     def ids_of(text: str) -> list[int] | None:
         try:

@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
@@ -46,7 +46,8 @@ class _GenerationBlocks(Extension):
     """Records which characters `{% generation %}` blocks wrote.
 
     Like transformers' own extension, whose place it takes, but in time linear in the text: that one joins everything
-    rendered so far at each block. `rendered` counts the characters before the block that is being rendered.
+    rendered so far at each block. Here a block is text that goes through a filter. `rendered` counts the characters
+    before the block that is being rendered.
     """
 
     tags = {"generation"}  # noqa: RUF012 (jinja2 wants a set)
@@ -62,12 +63,23 @@ class _GenerationBlocks(Extension):
         line = next(parser.stream).lineno
         self.present = True
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        if _leaves_a_loop(body):
+            parser.fail("a loop is left inside a generation block", line)
         return nodes.FilterBlock(body, nodes.Filter(None, _RECORD, [], [], None, None)).set_lineno(line)
 
     def record(self, text: str) -> str:
         """The filter that every block becomes."""
         self.spans.append((self.rendered, self.rendered + len(text)))
         return text
+
+
+def _leaves_a_loop(body: Iterable[nodes.Node]) -> bool:
+    """Whether there is a `break` or `continue` of a loop outside: the text of the block would be lost."""
+    return any(
+        isinstance(node, (nodes.Break, nodes.Continue))
+        or (not isinstance(node, nodes.For) and _leaves_a_loop(node.iter_child_nodes()))
+        for node in body
+    )
 
 
 class ChatTemplate:
