@@ -43,6 +43,11 @@ class RunDirectory:
         return self.path / "steps" / "steps.jsonl"
 
     @property
+    def times(self) -> Path:
+        """When each phase began and each step ended."""
+        return self.path / "time.jsonl"
+
+    @property
     def tensorboard(self) -> Path:
         """TensorBoard event files."""
         return self.path / "tensorboard"

@@ -29,12 +29,19 @@ class Metrics:
     """Computes the metrics every `every_steps` steps (and on the first and last) and hands them to the sinks."""
 
     def __init__(
-        self, sinks: Sequence[Sink], *, every_steps: int, max_steps: int, peak_memory_gib: Callable[[], float]
+        self,
+        sinks: Sequence[Sink],
+        *,
+        every_steps: int,
+        max_steps: int,
+        peak_memory_gib: Callable[[], float],
+        time_totals: Callable[[], dict[str, float]] = dict,
     ) -> None:
         self._sinks = list(sinks)
         self._every_steps = every_steps
         self._max_steps = max_steps
         self._peak_memory_gib = peak_memory_gib
+        self._time_totals = time_totals
         self._tokens = 0
         self._steps = 0
         self._data_wait = 0.0
@@ -61,6 +68,7 @@ class Metrics:
             "memory/peak_gib": self._peak_memory_gib(),
             "time/data_wait_ms": 1e3 * self._data_wait / self._steps,
             "time/step_ms": 1e3 * seconds.total,
+            **self._time_totals(),
         }
         self._tokens, self._steps, self._data_wait, self._since = 0, 0, 0.0, time.monotonic()
         self._write(state.step, metrics)

@@ -19,6 +19,7 @@ from trainer.observe.metrics import Metrics, MetricsFile, Sink
 from trainer.observe.progress import progress_for_stdout
 from trainer.observe.step_ledger import StepLedger
 from trainer.observe.tensorboard import TensorBoard
+from trainer.observe.time_ledger import TimeLedger
 from trainer.plan import Plan
 from trainer.run_directory import RunDirectory
 from trainer.state import TrainState
@@ -41,10 +42,13 @@ def recorded(
     restored: TrainState | None,
     changes: Sequence[str],
     peak_memory_gib: Callable[[], float],
+    generators: Callable[[], dict[str, Any]],
+    times: TimeLedger,
 ) -> Iterator[Record]:
     """Open the ledgers, cut back to the restored step, and close them whatever happens; a failure is recorded too.
 
-    `changes` are the settings that differ from the previous start. Rank 0 only.
+    `changes` are the settings that differ from the previous start; `generators` tells the state of the random number
+    generators of this rank. Rank 0 only.
     """
     state = restored or TrainState()
     # From here on the previous outcome is no longer how the run ended.
@@ -54,10 +58,14 @@ def recorded(
         sinks.append(TensorBoard(run.tensorboard, state.step))
     events = EventLedger(run.events)
     metrics = Metrics(
-        sinks, every_steps=config.logging.every_steps, max_steps=plan.max_steps, peak_memory_gib=peak_memory_gib
+        sinks,
+        every_steps=config.logging.every_steps,
+        max_steps=plan.max_steps,
+        peak_memory_gib=peak_memory_gib,
+        time_totals=times.totals,
     )
-    ledger = StepLedger(run.step_ledger, feed, state.step)
-    observers: list[Observer] = [Guarded(observer) for observer in (events, ledger, metrics)]
+    ledger = StepLedger(run.step_ledger, feed, state.step, plan.world_size, generators)
+    observers: list[Observer] = [Guarded(observer) for observer in (times, events, ledger, metrics)]
     event = "resume" if restored else "start"
     events.record(event, step=state.step, world_size=plan.world_size, changes=list(changes))
     _say_where_we_begin(config, plan, state, changes)
@@ -73,9 +81,11 @@ def recorded(
             losses = f"loss {_number(final.loss_first)} -> {_number(final.loss_last)}"
             print(f"done: step {final.step}, {losses}; checkpoints in {run.checkpoints}", flush=True)
 
+    times.begin_training(state.step)
     try:
         yield Record(observers, finish)
     except BaseException as error:
+        times.fail()
         with suppress(SteadfastError):
             events.record("fault", error=f"{type(error).__name__}: {error}")
             _write_outcome(run, {"status": "failed", "error": f"{type(error).__name__}: {error}"})

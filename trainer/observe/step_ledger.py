@@ -1,43 +1,53 @@
-"""The step ledger: which samples made which step, chained by hashes.
-
-The chain makes two runs comparable at a glance: equal chains at a step mean equal data, in equal order, up to it.
-"""
+"""The step ledger: which samples made which step and what it came to, chained by hashes (`trainer.observe.chain`)."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from trainer.data.feed import Feed, StepBatch
 from trainer.loop import StepSeconds
+from trainer.observe.chain import linked
 from trainer.observe.ledger import JsonLines, cut_back
-from trainer.state import StepResult, TrainState
+from trainer.state import StepResult, TrainState, finite
 
 
 class StepLedger:
-    """Writes one line a step: rows of the plan, the samples in each, and the hash chain. Continues after `step`."""
+    """Writes one line a step. Continues after `step`: what was written for later steps is done again.
 
-    def __init__(self, path: Path, feed: Feed, step: int) -> None:
-        last = cut_back(path, step)
-        self._chain: str = last["chain"] if last else ""
+    `ranks` is their number, `generators` the state of this rank's random number generators by name.
+    """
+
+    def __init__(
+        self, path: Path, feed: Feed, step: int, ranks: int, generators: Callable[[], dict[str, Any]] = dict
+    ) -> None:
+        self._before = cut_back(path, step)
         self._feed = feed
+        self._ranks = ranks
+        self._generators = generators
         self._lines = JsonLines(path)
 
     def on_step(self, state: TrainState, batch: StepBatch, result: StepResult, seconds: StepSeconds) -> None:
         """Write the line of this step."""
-        rows = [int(row) for row in batch.rows]
-        self._chain = hashlib.sha256(f"{self._chain}|{batch.position}|{rows}".encode()).hexdigest()
-        self._lines.append(
+        entry = finite(
             {
                 "step": state.step,
                 "epoch": int(batch.epoch),
                 "position": int(batch.position),
-                "rows": rows,
+                "rows": [int(row) for row in batch.rows],
                 "samples": self._feed.samples_of_step(batch),
                 "supervised_tokens": result.supervised_tokens,
-                "chain": self._chain,
+                "ranks": self._ranks,
+                "learning_rate": result.learning_rate,
+                "rng": _digest(self._generators()),
+                "loss": result.loss,
+                "gradient_norm": result.gradient_norm,
             }
         )
+        self._before = entry | linked(entry, self._before)
+        self._lines.append(self._before)
 
     def on_evaluate(self, state: TrainState, metrics: dict[str, float]) -> None:
         """Evaluation consumes no training data."""
@@ -49,3 +59,11 @@ class StepLedger:
     def close(self) -> None:
         """Close the file."""
         self._lines.close()
+
+
+def _digest(states: dict[str, Any]) -> str:
+    total = hashlib.sha256()
+    for name, array in sorted(states.items()):
+        total.update(name.encode())
+        total.update(array.tobytes())
+    return total.hexdigest()[:32]
