@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
@@ -19,7 +20,9 @@ from trainer.data.store.packing import RowPlan
 from trainer.durable import write_file
 from trainer.engine import device as devices
 from trainer.errors import ConfigError, DataError, UsageError
-from trainer.loop import Loop, StopFlag, fit
+from trainer.loop import Loop, OnPhase, StopFlag, fit
+from trainer.observe.faults import Faults, PoisonedEngine, planned
+from trainer.observe.phases import Phases
 from trainer.observe.record import Record, recorded
 from trainer.plan import make_plan
 from trainer.prepare import (
@@ -67,6 +70,9 @@ def train_joined(config: Config, world: World, stop: StopFlag, run: RunDirectory
     from trainer.checkpoint.resume import Checkpointer
     from trainer.model.self_check import check_model
 
+    faults = Faults(planned(os.environ), world.rank, run.path)
+    on_phase = Phases([faults])
+    on_phase("start", 0)
     device = devices.torch_device(kind, world.local_rank)
     refuse_shared_devices(collectives.exchange({"host": gethostname(), "device": devices.device_name(device)}))
     if world.is_first:
@@ -94,7 +100,10 @@ def train_joined(config: Config, world: World, stop: StopFlag, run: RunDirectory
         prepare_model(config, store, rows, run)
     collectives.barrier()
 
+    on_phase("load", 0)
     engine = _build_engine(config, world, run, device, kind)
+    if faults.poisons:
+        engine = PoisonedEngine(engine, faults.take_poison)
     feed = Feed(
         store,
         rows,
@@ -122,7 +131,9 @@ def train_joined(config: Config, world: World, stop: StopFlag, run: RunDirectory
         probe=probe_prompts(store, rows.sequence_length),
         seed=config.run.seed,
         keep=config.checkpoint.keep,
+        on_phase=on_phase.of_save,
     )
+    on_phase("restore", 0)
     restored = checkpointer.restore()
     state = restored or TrainState()
     if world.is_first:
@@ -144,10 +155,11 @@ def train_joined(config: Config, world: World, stop: StopFlag, run: RunDirectory
             max_skipped_steps=config.train.max_skipped_steps,
             evaluate_every=config.evaluate.every_steps,
             save_every=config.checkpoint.every_steps,
-            evaluate=_evaluation(config, engine, held_out, rows, world),
+            evaluate=_evaluation(config, engine, held_out, rows, world, on_phase),
             save=checkpointer.save,
             observers=observed.observers,
             stop=stop,
+            on_phase=on_phase,
         )
         final, stopped = fit(loop, state)
         observed.finish(final, stopped, stop.requested)
@@ -221,7 +233,7 @@ def _build_engine(config: Config, world: World, run: RunDirectory, device: Any, 
 
 
 def _evaluation(
-    config: Config, engine: Any, held_out: TokenStore | None, rows: RowPlan, world: World
+    config: Config, engine: Any, held_out: TokenStore | None, rows: RowPlan, world: World, on_phase: OnPhase
 ) -> Callable[[TrainState], dict[str, float]] | None:
     if held_out is None:
         return None
@@ -239,6 +251,7 @@ def _evaluation(
             world_size=world.world_size,
             max_rows=config.evaluate.max_rows,
         )
-        return {f"eval/{held_out.name}/{name}": value for name, value in evaluate_loss(engine, batches).items()}
+        found = evaluate_loss(engine, batches, lambda: on_phase("evaluate", state.step))
+        return {f"eval/{held_out.name}/{name}": value for name, value in found.items()}
 
     return evaluate

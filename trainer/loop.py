@@ -17,6 +17,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -42,6 +43,10 @@ class Observer(Protocol):
 
     def close(self) -> None:
         """At the end, whatever the reason."""
+
+
+OnPhase = Callable[[str, int], None]
+"""Called as each phase of a step begins, with the step in work: the watchdog and drills hang here."""
 
 
 class StopFlag(Protocol):
@@ -74,6 +79,7 @@ class Loop:
     save: Callable[[TrainState], str]
     observers: Sequence[Observer]
     stop: StopFlag
+    on_phase: OnPhase = lambda phase, step: None
 
 
 def fit(loop: Loop, state: TrainState) -> tuple[TrainState, bool]:
@@ -84,10 +90,13 @@ def fit(loop: Loop, state: TrainState) -> tuple[TrainState, bool]:
     stopping = False
     while state.step < loop.max_steps and not stopping:
         started = time.monotonic()
+        step = state.step + 1
+        loop.on_phase("data", step)
         batch = loop.feed.next_step()
         waited = time.monotonic() - started
-        result = train_step(loop.engine, batch, loop.stop)
+        result = train_step(loop.engine, batch, loop.stop, partial(_at, loop.on_phase, step))
         state = state.after(result)
+        loop.on_phase("observe", step)
         seconds = StepSeconds(time.monotonic() - started, waited)
         for observer in loop.observers:
             observer.on_step(state, batch, result, seconds)
@@ -103,28 +112,40 @@ def fit(loop: Loop, state: TrainState) -> tuple[TrainState, bool]:
             for observer in loop.observers:
                 observer.on_evaluate(state, metrics)
         if last or stopping or state.step % loop.save_every == 0:
+            loop.on_phase("save", state.step)
             began = time.monotonic()
             path = loop.save(state)
             for observer in loop.observers:
                 observer.on_save(state, path, time.monotonic() - began)
+    loop.on_phase("end", state.step)
     return state, stopping
 
 
-def train_step(engine: Engine, batch: StepBatch, stop: StopFlag) -> StepResult:
+def _at(on_phase: OnPhase, step: int, phase: str) -> None:
+    on_phase(phase, step)
+
+
+def train_step(
+    engine: Engine, batch: StepBatch, stop: StopFlag, begins: Callable[[str], None] = lambda phase: None
+) -> StepResult:
     """One optimizer step over the global batch. All ranks call it with their share of the same batch.
 
     The divisor is the number of supervised tokens of the whole step, known before the first forward, so any split into
-    ranks and micro-batches gives the same gradient.
+    ranks and micro-batches gives the same gradient. `begins` is called as each part of the step begins.
     """
     learning_rate = engine.learning_rate
     losses = []
     for micro_batch in batch.micro_batches:
+        begins("forward")
         loss = engine.summed_loss(micro_batch)
+        begins("backward")
         engine.backward(loss, batch.supervised_tokens)
         losses.append(loss.detach())
+    begins("step")
     gradient_norm, applied = engine.step()
     # Read back only now: asking for a number earlier would make a GPU wait between micro-batches.
     summed = float(torch.stack(losses).double().sum())
+    begins("agree")
     total, asked = collectives.add_up([summed, 1.0 if stop.requested else 0.0])
     return StepResult(
         loss=total / batch.supervised_tokens,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -12,13 +12,16 @@ from trainer.data.micro_batch import IGNORED, MicroBatch
 from trainer.engine.protocol import Engine
 
 
-def evaluate_loss(engine: Engine, batches: Iterable[MicroBatch]) -> dict[str, float]:
+def evaluate_loss(
+    engine: Engine, batches: Iterable[MicroBatch], begins: Callable[[], None] = lambda: None
+) -> dict[str, float]:
     """Mean cross entropy (nats) per supervised token and its exponential, over all ranks' batches.
 
-    All ranks call it with the same number of batches.
+    All ranks call it with the same number of batches. `begins` is called before each of them.
     """
     summed, supervised = 0.0, 0
     for batch in batches:
+        begins()
         summed += engine.evaluate_loss(batch)
         supervised += int(np.count_nonzero(batch.targets != IGNORED))
     total, count = collectives.add_up([summed, float(supervised)])
