@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from socket import gethostname, socket
 from typing import Any
@@ -24,6 +25,7 @@ from trainer.loop import Loop, OnPhase, StopFlag, fit
 from trainer.observe.faults import Faults, PoisonedEngine, planned
 from trainer.observe.phases import Phases
 from trainer.observe.record import Record, recorded
+from trainer.observe.time_ledger import TimeLedger
 from trainer.plan import make_plan
 from trainer.prepare import (
     changed_settings,
@@ -71,7 +73,9 @@ def train_joined(config: Config, world: World, stop: StopFlag, run: RunDirectory
     from trainer.model.self_check import check_model
 
     faults = Faults(planned(os.environ), world.rank, run.path)
-    on_phase = Phases([faults])
+    times = TimeLedger(run, world.world_size) if world.is_first else None
+    # Before the faults: what is struck down in a phase has begun it.
+    on_phase = Phases([faults] if times is None else [times, faults])
     on_phase("start", 0)
     device = devices.torch_device(kind, world.local_rank)
     refuse_shared_devices(collectives.exchange({"host": gethostname(), "device": devices.device_name(device)}))
@@ -136,14 +140,22 @@ def train_joined(config: Config, world: World, stop: StopFlag, run: RunDirectory
     on_phase("restore", 0)
     restored = checkpointer.restore()
     state = restored or TrainState()
-    if world.is_first:
+    if times is not None:
         # Only now: a start that was refused leaves the record of the run as it was.
         changes = changed_settings(config, run) if restored else []
         write_file(run.config, config_as_yaml(config))
         write_file(run.plan, json.dumps(plan.as_json(), indent=1) + "\n")
         collect_model_files(config, store, run)
         record: AbstractContextManager[Record] = recorded(
-            config, run, plan, feed, restored, changes, devices.memory_probe(kind)
+            config,
+            run,
+            plan,
+            feed,
+            restored,
+            changes,
+            devices.memory_probe(kind),
+            partial(devices.generator_states, kind),
+            times,
         )
     else:
         record = nullcontext(Record([], lambda final, stopped, reason: None))
