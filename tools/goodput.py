@@ -85,7 +85,9 @@ def lines(table: Table, price: float | None) -> list[str]:
         cost = f"{money[kind]:>12,.2f}" if money else ""
         result.append(f"{kind:<18}  {seconds:>12,.1f} s  {seconds / wall:>6.1%}{cost}  {_MEANINGS[kind]}")
     total = f"{sum(money.values()):>12,.2f}" if money else ""
-    result.append(f"{'wall time':<18}  {table.wall_seconds:>12,.1f} s  {sum(table.seconds.values()) / wall:>6.1%}{total}")
+    result.append(
+        f"{'wall time':<18}  {table.wall_seconds:>12,.1f} s  {sum(table.seconds.values()) / wall:>6.1%}{total}"
+    )
     result.append(
         f"goodput {table.goodput:.1%}; {_count(table.attempts, 'attempt')}, {_count(table.failures, 'failure')}, "
         f"{_count(table.lost_steps, 'step')} done again"

@@ -89,7 +89,9 @@ def test_what_comes_after_the_last_sign_of_progress(code, phase, kind):
 
 
 def test_nothing_is_known_between_the_last_line_of_a_killed_process_and_the_next_start():
-    lines = lines_of(START, (1, "load"), (1, "train", {"resumed": 0}), step(1, 1), (100, "start", {"process": "b", "ranks": 1}))
+    lines = lines_of(
+        START, (1, "load"), (1, "train", {"resumed": 0}), step(1, 1), (100, "start", {"process": "b", "ranks": 1})
+    )
     assert spent(lines) == {"start": 1, "load": 1, "compute": 1, "queue": 100}
     assert account(lines).failures == 1
 

@@ -266,9 +266,7 @@ def _with_compile(spans: Sequence[Span], steps: Sequence[tuple[int, float, int]]
     return sorted(result, key=lambda pair: pair[1])
 
 
-def _with_lost_work(
-    spans: Sequence[tuple[Span, int]], resumes: Sequence[tuple[int, int]]
-) -> list[tuple[Span, int]]:
+def _with_lost_work(spans: Sequence[tuple[Span, int]], resumes: Sequence[tuple[int, int]]) -> list[tuple[Span, int]]:
     """Class as lost what was done for steps that a later attempt began again."""
     result: list[tuple[Span, int]] = []
     pending = list(resumes)
