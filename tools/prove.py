@@ -3,9 +3,10 @@
 steadfast prove runs/A runs/B
 
 For every step: position, samples and learning rate; random numbers, loss and gradient norm; for every step of which
-both have a checkpoint: all weights and moments. To the bit as long as both runs had the same number of ranks; from the
-first step on that had not, the numbers may differ by 1e-5 (relative), samples and learning rate not at all. Restarts and
-lost work do not matter: a step that was done again stands in the ledger once. Exit code 0: equal; 1: they differ.
+both have a checkpoint: all weights and moments. To the bit as long as both runs had the same number of ranks; from
+the first step on that had not, the numbers may differ by 1e-5 (relative), samples and learning rate not at all.
+Restarts and lost work do not matter: a step that was done again stands in the ledger once. Exit code 0: equal; 1: they
+differ.
 """
 
 from __future__ import annotations

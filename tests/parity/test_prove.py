@@ -31,13 +31,10 @@ def rewritten(run: Path, target: Path, step: int, relink: bool, **changes) -> Pa
     """A copy of a run whose ledger says something else of `step`, with hashes that fit when `relink`."""
     shutil.copytree(run, target)
     ledger, before, lines = target / "steps/steps.jsonl", None, []
-    for line in map(json.loads, ledger.read_text().splitlines()):
-        if line["step"] == step:
-            line |= changes
-        if relink:
-            line |= linked(line, before)
-        before = line
-        lines.append(json.dumps(line))
+    for entry in map(json.loads, ledger.read_text().splitlines()):
+        line = entry | changes if entry["step"] == step else entry
+        before = line | linked(line, before) if relink else line
+        lines.append(json.dumps(before))
     ledger.write_text("\n".join(lines) + "\n")
     return target
 
