@@ -7,7 +7,7 @@ phases of random steps, and is started again after each; at its end every step a
 with the run that was left alone. The same seed strikes at the same places.
 
     kill, term, stop   SIGKILL, SIGTERM, SIGSTOP to a rank, to all ranks or to the launcher
-    enospc             the disk of the checkpoints is full: a small tmpfs where one can be mounted, else an injected error
+    enospc             the disk of the checkpoints is full (a small tmpfs for root, else an injected error)
     nan                a loss or gradient of one rank is NaN: the step is skipped everywhere
     flip               a kill, and one bit of the newest checkpoint is flipped before the next start
 

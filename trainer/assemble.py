@@ -23,6 +23,7 @@ from trainer.engine import device as devices
 from trainer.errors import ConfigError, DataError, UsageError
 from trainer.loop import Loop, OnPhase, StopFlag, fit
 from trainer.observe.faults import Faults, PoisonedEngine, planned
+from trainer.observe.interval import save_schedule
 from trainer.observe.phases import Phases
 from trainer.observe.record import Record, recorded
 from trainer.observe.time_ledger import TimeLedger
@@ -166,7 +167,7 @@ def train_joined(config: Config, world: World, stop: StopFlag, run: RunDirectory
             max_steps=config.train.max_steps,
             max_skipped_steps=config.train.max_skipped_steps,
             evaluate_every=config.evaluate.every_steps,
-            save_every=config.checkpoint.every_steps,
+            save_due=save_schedule(config.checkpoint, state.step, collectives.add_up, times),
             evaluate=_evaluation(config, engine, held_out, rows, world, on_phase),
             save=checkpointer.save,
             observers=observed.observers,

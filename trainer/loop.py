@@ -74,7 +74,8 @@ class Loop:
     max_steps: int
     max_skipped_steps: int
     evaluate_every: int
-    save_every: int
+    save_due: Callable[[int], bool]
+    """Whether a step is to be saved; asked for every step by all ranks alike, it may communicate."""
     evaluate: Callable[[TrainState], dict[str, float]] | None
     save: Callable[[TrainState], str]
     observers: Sequence[Observer]
@@ -111,7 +112,7 @@ def fit(loop: Loop, state: TrainState) -> tuple[TrainState, bool]:
             metrics = loop.evaluate(state)
             for observer in loop.observers:
                 observer.on_evaluate(state, metrics)
-        if last or stopping or state.step % loop.save_every == 0:
+        if loop.save_due(state.step) or last or stopping:
             loop.on_phase("save", state.step)
             began = time.monotonic()
             path = loop.save(state)

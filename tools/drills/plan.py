@@ -107,7 +107,7 @@ def plan_drill(kinds: Sequence[Kind], count: int, seed: int, ranks: int, *, smal
 
 def _rounds(order: Sequence[Kind]) -> list[list[Kind]]:
     """NaNs among themselves, and nothing after a full disk: a run that survives it goes on to its end."""
-    nans = [kind for kind in order if kind == "nan"]
+    nans: list[Kind] = [kind for kind in order if kind == "nan"]
     rest = [kind for kind in order if kind != "nan"]
     rounds = [nans[begin : begin + FAULTS_A_ROUND] for begin in range(0, len(nans), FAULTS_A_ROUND)]
     current: list[Kind] = []

@@ -9,7 +9,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    Strict,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 
 Count = Annotated[int, Strict(), Field(ge=1)]
 CountOrZero = Annotated[int, Strict(), Field(ge=0)]
@@ -18,6 +27,17 @@ PositiveFloat = Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Strict(), Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Strict(), Field(ge=0, le=1, allow_inf_nan=False)]
 Flag = Annotated[bool, Strict()]
+
+
+def _count_or_auto(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    try:
+        return check(value)
+    except ValidationError as error:
+        # One problem, not one for each of the two things it could have been.
+        raise ValueError("checkpoint.every_steps should be a whole number of at least 1, or auto") from error
+
+
+CountOrAuto = Annotated[Count | Literal["auto"], WrapValidator(_count_or_auto)]
 
 
 class Section(BaseModel):
@@ -179,10 +199,24 @@ class Engine(Section):
 class Checkpoint(Section):
     """When state is saved. A save that was committed is never lost."""
 
-    every_steps: Count = 500
-    """Steps between checkpoints; the last step is always saved."""
+    every_steps: CountOrAuto = 500
+    """Steps between checkpoints; the last step is always saved. auto: as many as lose least, from how long saves stop
+    training, how long steps take and how often the run failed, within auto_at_least and auto_at_most."""
+    auto_at_least: Count = 10
+    """Fewest steps between checkpoints when every_steps is auto; the first save comes after so many."""
+    auto_at_most: Count = 2000
+    """Most steps between checkpoints when every_steps is auto."""
     keep: Count = 2
     """Checkpoints kept; the newest valid one is never removed."""
+
+    @model_validator(mode="after")
+    def _bounds_fit(self) -> Checkpoint:
+        if self.auto_at_least > self.auto_at_most:
+            raise ValueError(
+                f"checkpoint.auto_at_least ({self.auto_at_least}) is more than checkpoint.auto_at_most "
+                f"({self.auto_at_most})"
+            )
+        return self
 
 
 class Evaluate(Section):

@@ -218,15 +218,27 @@ def advise(table: Table) -> Advice | None:
     """The interval that loses least, from what was measured; None before the first save."""
     if table.save_seconds is None:
         return None
-    running = (table.wall_seconds - table.seconds["queue"]) / _HOURS
-    hours = mean_hours_between_failures(running, table.failures)
-    seconds = best_interval(table.save_seconds, hours * _HOURS)
-    lost = (seconds / 2 + table.save_seconds + (table.restart_seconds or 0.0)) / (hours * _HOURS)
+    return advice(
+        save_seconds=table.save_seconds,
+        step_seconds=table.step_seconds,
+        restart_seconds=table.restart_seconds or 0.0,
+        hours=(table.wall_seconds - table.seconds["queue"]) / _HOURS,
+        failures=table.failures,
+    )
+
+
+def advice(
+    *, save_seconds: float, step_seconds: float | None, restart_seconds: float, hours: float, failures: int
+) -> Advice:
+    """The interval that loses least for a run of so many `hours` and `failures`."""
+    between = mean_hours_between_failures(hours, failures)
+    seconds = best_interval(save_seconds, between * _HOURS)
+    lost = (seconds / 2 + save_seconds + restart_seconds) / (between * _HOURS)
     return Advice(
         seconds=seconds,
-        steps=None if not table.step_seconds else max(1, round(seconds / table.step_seconds)),
-        waste=min(1.0, table.save_seconds / (seconds + table.save_seconds) + lost),
-        hours_between_failures=hours,
+        steps=None if not step_seconds else max(1, round(seconds / step_seconds)),
+        waste=min(1.0, save_seconds / (seconds + save_seconds) + lost),
+        hours_between_failures=between,
     )
 
 

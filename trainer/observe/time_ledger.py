@@ -14,7 +14,7 @@ from typing import Any
 
 from trainer.data.feed import StepBatch
 from trainer.loop import StepSeconds
-from trainer.observe.goodput import CLASSES, account, timeline
+from trainer.observe.goodput import CLASSES, Table, account, advice, timeline
 from trainer.observe.ledger import JsonLines, read_lines
 from trainer.run_directory import RunDirectory
 from trainer.state import StepResult, TrainState
@@ -48,6 +48,8 @@ class TimeLedger:
         self._written = "start"
         self._totals = dict.fromkeys(CLASSES, 0.0)
         self._of_step = {"data_wait": 0.0, "communication_wait": 0.0}
+        self._before: Table | None = None
+        self._steps = self._saves = 0
         self._since = self._now()
         try:
             began = _process_began()
@@ -70,11 +72,13 @@ class TimeLedger:
         if phase == "observe":
             waits = {name: round(waited, 6) for name, waited in self._of_step.items()}
             self._of_step = dict.fromkeys(self._of_step, 0.0)
+            self._steps += 1
             self._write(now, "step", step=step, **waits)
             return
         mark = "train" if self._class in _IN_TRAINING else self._class
         if mark != self._written:
             self._written = mark
+            self._saves += mark == "checkpoint"
             self._write(now, mark)
 
     def begin_training(self, step: int) -> None:
@@ -83,9 +87,27 @@ class TimeLedger:
         self("forward", step)
         self._write(self._since, "train", resumed=step)
         try:
-            self._totals = account(timeline(self._run)).seconds
+            self._before = account(timeline(self._run))
+            self._totals = dict(self._before.seconds)
         except (KeyError, TypeError, ValueError, OSError) as error:
             self._give_up(error)
+
+    def advised_steps(self) -> int | None:
+        """Steps between saves that lose least, as far as it can be known by now; None before the first save."""
+        if self._before is None:
+            return None
+        spent = {kind: self._totals[kind] - seconds for kind, seconds in self._before.seconds.items()}
+        save = spent["checkpoint"] / self._saves if self._saves else self._before.save_seconds
+        step = sum(spent[kind] for kind in _IN_TRAINING) / self._steps if self._steps else self._before.step_seconds
+        if save is None:
+            return None
+        return advice(
+            save_seconds=save,
+            step_seconds=step,
+            restart_seconds=self._before.restart_seconds or 0.0,
+            hours=(sum(self._totals.values()) - self._totals["queue"]) / 3600,
+            failures=self._before.failures,
+        ).steps
 
     def totals(self) -> dict[str, float]:
         """Metrics of the run so far: share of compute in its wall time, and the seconds of each class."""
