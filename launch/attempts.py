@@ -1,7 +1,7 @@
 """What a run directory says about earlier attempts, and what a launcher adds to it.
 
-The launcher writes to the same events.jsonl as rank 0, but only while no rank runs: `launch` before an attempt, `end`
-after it. A `launch` without its `end` was lost together with the host of the launcher.
+The launcher writes to the same events.jsonl as rank 0, but only while no rank runs: `submit` when it asks for an
+allocation, `launch` before an attempt, `end` after it. A `launch` without its `end` was lost together with the host of the launcher.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from trainer.config.load import config_as_yaml
 from trainer.config.schema import Config
 from trainer.durable import write_errors, write_file
 from trainer.errors import PeerLostError
+from trainer.observe.clock import process_began
 from trainer.observe.ledger import JsonLines, read_lines
 from trainer.run_directory import RunDirectory
 
@@ -60,6 +61,11 @@ def ended(
         finished=is_finished(run, config),
         asked_by=asked_by,
     )
+
+
+def record_submit(run: RunDirectory, job: str) -> None:
+    """Note that `job` waits for its allocation from now on. Raises CannotWriteError."""
+    _record(run, {"event": "submit", "job": job})
 
 
 def record_launch(run: RunDirectory, job: str, **details: Any) -> None:
@@ -123,7 +129,8 @@ def run_with_restarts(attempt: Callable[[], Ending], config: Config, max_restart
     job = f"{socket.gethostname()}-{os.getpid()}-{int(time.time())}"
     history: list[Attempt] = []
     while True:
-        record_launch(run, job)
+        # The first attempt began with this process.
+        record_launch(run, job, **({} if history else {"began": round(process_began(), 3)}))
         ending = attempt()
         history.append(ended(run, config, ending.code, "person" if ending.asked else "nobody"))
         decision = decide(history, max_restarts=max_restarts)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from launch import local_place, places
-from launch.attempts import run_with_restarts, write_reference
+from launch.attempts import record_submit, run_with_restarts, write_reference
 from launch.contract import LAUNCHER_PID, VARIABLES, resolve
 from launch.local import launch_local, plan_local
 from launch.train_command import add_restart_argument, checked_config, rank_command, require_gpus
@@ -159,7 +159,9 @@ def _submit(arguments: argparse.Namespace, config: Config, nodes: int, ranks: in
             print("\n".join(plan.lines()))
         return 0
     job = submit(plan)
-    write_reference(RunDirectory(Path(config.run.dir)), {"place": "slurm", "job": job, "output": output_of(job)})
+    run_directory = RunDirectory(Path(config.run.dir))
+    write_reference(run_directory, {"place": "slurm", "job": job, "output": output_of(job)})
+    record_submit(run_directory, job)
     print(f"submitted job {job}; see steadfast launch status {config.run.dir}")
     return 0
 

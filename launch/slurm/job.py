@@ -35,6 +35,7 @@ from launch.slurm.srun import SrunRanks
 from launch.supervise import TIME_LIMIT, Ending, supervise
 from launch.train_command import ROOT, checked_config
 from trainer.errors import PeerLostError, UsageError
+from trainer.observe.clock import process_began
 from trainer.run_directory import RunDirectory
 
 LAST_SECONDS = 30.0
@@ -145,7 +146,13 @@ def run_job(config_path: Path, overrides: Sequence[str], *, show_traceback: bool
         f"({os.environ['SLURM_JOB_NODELIST']}), rendezvous at {master}:{allocated.port}"
     )
     history = earlier_attempts(run, allocated.job)
-    record_launch(run, allocated.job, restart=allocated.restart, hosts=os.environ["SLURM_JOB_NODELIST"])
+    record_launch(
+        run,
+        allocated.job,
+        restart=allocated.restart,
+        hosts=os.environ["SLURM_JOB_NODELIST"],
+        began=round(process_began(), 3),
+    )
     write_reference(run, {"place": "slurm", "job": allocated.job, "output": known.get("StdOut", "")})
     environ = srun_environment(os.environ, master, allocated.port)
     steadfast = [*python_of_ranks(os.environ), str(ROOT / "steadfast.py")]

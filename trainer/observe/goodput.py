@@ -193,7 +193,8 @@ def account(lines: Iterable[Mapping[str, Any]]) -> Table:
 def timeline(run: RunDirectory) -> Iterator[dict[str, Any]]:
     """The lines that `account` reads, of a run directory: launcher's events and time ledger, in order of time."""
     events = (
-        {**entry, "at": datetime.fromisoformat(entry["time"]).timestamp(), "mark": entry["event"]}
+        # The launcher itself had to be started before it could say so.
+        {**entry, "at": entry.get("began") or datetime.fromisoformat(entry["time"]).timestamp(), "mark": entry["event"]}
         for entry in read_lines(run.events)
         if entry.get("event") in ("submit", "launch", "end")
     )

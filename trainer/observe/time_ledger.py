@@ -14,6 +14,7 @@ from typing import Any
 
 from trainer.data.feed import StepBatch
 from trainer.loop import StepSeconds
+from trainer.observe.clock import process_began
 from trainer.observe.goodput import CLASSES, Table, account, advice, timeline
 from trainer.observe.ledger import JsonLines, read_lines
 from trainer.run_directory import RunDirectory
@@ -52,7 +53,7 @@ class TimeLedger:
         self._steps = self._saves = 0
         self._since = self._now()
         try:
-            began = _process_began()
+            began = process_began()
             if (newest := _newest(run.times)) is not None and newest > began:
                 # This process has trained here before, or the clock was set back.
                 began = max(newest, self._now())
@@ -154,17 +155,6 @@ class TimeLedger:
 
     def _now(self) -> float:
         return self._offset + time.monotonic()
-
-
-def _process_began() -> float:
-    """When this process was started, in seconds since the epoch; now, where the system does not say."""
-    try:
-        # The name of the program, in parentheses, may hold anything; the fields after it do not.
-        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-        age = time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
-    except (OSError, ValueError, IndexError, AttributeError):
-        age = 0.0
-    return time.time() - max(0.0, age)
 
 
 def _newest(path: Path) -> float | None:
