@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
@@ -22,8 +23,10 @@ from trainer.engine import device as devices
 from trainer.errors import ConfigError, DataError, UsageError
 from trainer.loop import Loop, OnPhase, StopFlag, fit
 from trainer.observe.faults import Faults, PoisonedEngine, planned
+from trainer.observe.heartbeat import Heartbeat
 from trainer.observe.phases import Phases
 from trainer.observe.record import Record, recorded
+from trainer.observe.watchdog import Post
 from trainer.plan import make_plan
 from trainer.prepare import (
     changed_settings,
@@ -67,11 +70,28 @@ def train(config: Config, world: World, stop: StopFlag, listener: socket | None 
 def train_joined(config: Config, world: World, stop: StopFlag, run: RunDirectory, kind: devices.DeviceType) -> None:
     """The same, inside a process group that exists already and outlives the run; rank 0 holds the run's lock."""
     from trainer import collectives
+
+    faults = Faults(planned(os.environ), world.rank, run.path)
+    first = collectives.exchange({"attempt": f"{os.getpid()}-{time.time():.3f}"})[0]
+    post = Post(world.rank, world.world_size, os.getpid(), str(run.path), first["attempt"])
+    heartbeat = Heartbeat(post, config.engine.hang_seconds, config.engine.timeout_seconds)
+    with closing(heartbeat):
+        _train_watched(config, world, stop, run, kind, Phases([heartbeat, faults]), faults)
+
+
+def _train_watched(
+    config: Config,
+    world: World,
+    stop: StopFlag,
+    run: RunDirectory,
+    kind: devices.DeviceType,
+    on_phase: Phases,
+    faults: Faults,
+) -> None:
+    from trainer import collectives
     from trainer.checkpoint.resume import Checkpointer
     from trainer.model.self_check import check_model
 
-    faults = Faults(planned(os.environ), world.rank, run.path)
-    on_phase = Phases([faults])
     on_phase("start", 0)
     device = devices.torch_device(kind, world.local_rank)
     refuse_shared_devices(collectives.exchange({"host": gethostname(), "device": devices.device_name(device)}))
