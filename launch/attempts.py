@@ -1,7 +1,8 @@
 """What a run directory says about earlier attempts, and what a launcher adds to it.
 
 The launcher writes to the same events.jsonl as rank 0, but only while no rank runs: `submit` when it asks for an
-allocation, `launch` before an attempt, `end` after it. A `launch` without its `end` was lost together with the host of the launcher.
+allocation, `launch` before an attempt, `end` after it. A `launch` without its `end` was lost together with the host of
+the launcher.
 """
 
 from __future__ import annotations

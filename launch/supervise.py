@@ -19,7 +19,7 @@ from typing import Protocol
 
 from launch.processes import Ended, Event, Output
 from trainer import errors
-from trainer.errors import Interrupted, PeerLostError, SteadfastError, StoppedOnRequest
+from trainer.errors import HangError, Interrupted, PeerLostError, SteadfastError, StoppedOnRequest
 from trainer.run_directory import RunDirectory
 
 GRACE_SECONDS = 10.0
@@ -132,6 +132,11 @@ def supervise(
         report = run.error_report(culprit.rank)
         fresh = report if _changed_since(report, started) else None
         last_words = screen.last_words(culprit.rank)
+        if culprit.status < 0 and _changed_since(run.hang, started):
+            # A watchdog had to kill a rank that hung without letting go of the interpreter.
+            verdict = f"{last_words.removeprefix('error: ')}; {_RESUME}"
+            screen.say(f"error: {verdict}")
+            return Ending(HangError.exit_code, requests.asked, verdict)
         sentence = describe(culprit, world_size, last_words, fresh)
         if sentence is not None:
             screen.say(f"error: {sentence}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
@@ -23,10 +24,12 @@ from trainer.engine import device as devices
 from trainer.errors import ConfigError, DataError, UsageError
 from trainer.loop import Loop, OnPhase, StopFlag, fit
 from trainer.observe.faults import Faults, PoisonedEngine, planned
+from trainer.observe.heartbeat import Heartbeat
 from trainer.observe.interval import save_schedule
 from trainer.observe.phases import Phases
 from trainer.observe.record import Record, recorded
 from trainer.observe.time_ledger import TimeLedger
+from trainer.observe.watchdog import Post
 from trainer.plan import make_plan
 from trainer.prepare import (
     changed_settings,
@@ -70,13 +73,32 @@ def train(config: Config, world: World, stop: StopFlag, listener: socket | None 
 def train_joined(config: Config, world: World, stop: StopFlag, run: RunDirectory, kind: devices.DeviceType) -> None:
     """The same, inside a process group that exists already and outlives the run; rank 0 holds the run's lock."""
     from trainer import collectives
+
+    faults = Faults(planned(os.environ), world.rank, run.path)
+    first = collectives.exchange({"attempt": f"{os.getpid()}-{time.time():.3f}"})[0]
+    post = Post(world.rank, world.world_size, os.getpid(), str(run.path), first["attempt"])
+    heartbeat = Heartbeat(post, config.engine.hang_seconds, config.engine.timeout_seconds)
+    times = TimeLedger(run, world.world_size) if world.is_first else None
+    # Faults come last: what they strike down in a phase has begun it.
+    on_phase = Phases([heartbeat, faults] if times is None else [heartbeat, times, faults])
+    with closing(heartbeat):
+        _train_watched(config, world, stop, run, kind, on_phase, faults, times)
+
+
+def _train_watched(
+    config: Config,
+    world: World,
+    stop: StopFlag,
+    run: RunDirectory,
+    kind: devices.DeviceType,
+    on_phase: Phases,
+    faults: Faults,
+    times: TimeLedger | None,
+) -> None:
+    from trainer import collectives
     from trainer.checkpoint.resume import Checkpointer
     from trainer.model.self_check import check_model
 
-    faults = Faults(planned(os.environ), world.rank, run.path)
-    times = TimeLedger(run, world.world_size) if world.is_first else None
-    # Before the faults: what is struck down in a phase has begun it.
-    on_phase = Phases([faults] if times is None else [times, faults])
     on_phase("start", 0)
     device = devices.torch_device(kind, world.local_rank)
     refuse_shared_devices(collectives.exchange({"host": gethostname(), "device": devices.device_name(device)}))

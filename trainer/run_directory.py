@@ -82,6 +82,11 @@ class RunDirectory:
         """Marker: stopped on request after a committed checkpoint."""
         return self.path / "stopped.json"
 
+    @property
+    def hang(self) -> Path:
+        """The verdict of the watchdogs over a hang."""
+        return self.path / "errors" / "hang.json"
+
     def error_report(self, rank: int) -> Path:
         """The whole traceback of what ended a rank."""
         return self.path / "errors" / f"rank-{rank}.txt"

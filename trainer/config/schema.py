@@ -194,6 +194,9 @@ class Engine(Section):
     """A file of configs/ds/ by name (zero1, zero2, zero3, zero3-offload-cpu, ...) or a path to a DeepSpeed JSON."""
     timeout_seconds: Count = 600
     """Bound on every wait for other ranks: a lost or stuck rank ends the run after this time."""
+    hang_seconds: Count | None = None
+    """Seconds in one phase of a step after which the run ends and the rank that holds it up is named; default: 60, or
+    ten times the 95th percentile of a step's time if that is longer. At most nine tenths of timeout_seconds."""
 
 
 class Checkpoint(Section):
