@@ -130,15 +130,17 @@ def _round(kinds: Sequence[Kind], chance: random.Random, ranks: int, *, small_di
 def _strike(kind: Kind, number: int, chance: random.Random, ranks: int, *, small_disk: bool) -> Strike:
     steps = range(STRETCH * number + 2, STRETCH * (number + 1) + 1)
     rank = chance.randrange(ranks)
+    # A fault fires once in the life of a run: two of a round must not be equal, so their number is in their seconds.
+    pause = PAUSE_SECONDS + number / 1000
     if kind == "nan":
         phase, step = chance.choice(("forward", "backward")), chance.choice(steps)
-        return Strike(kind, f"rank {rank}", phase, step, False, (fail_at(rank, phase, step, "nan"),))
+        return Strike(kind, f"rank {rank}", phase, step, False, (fail_at(rank, phase, step, "nan", number),))
     if kind == "enospc":
         step = chance.choice([step for step in steps if step % SAVE_EVERY == 0])
         if small_disk:
-            pause = fail_at(0, "save", step, "sleep", PAUSE_SECONDS)
-            return Strike(kind, "all ranks", "save", step, True, (pause,))
-        return Strike(kind, f"rank {rank}", "save:write", step, False, (fail_at(rank, "save:write", step, "enospc"),))
+            return Strike(kind, "all ranks", "save", step, True, (fail_at(0, "save", step, "sleep", pause),))
+        fault = fail_at(rank, "save:write", step, "enospc", number)
+        return Strike(kind, f"rank {rank}", "save:write", step, False, (fault,))
     # A checkpoint to damage must have been written by this very round.
     places = [place for place in PHASES if not (kind == "flip" and place == "load" and number == 1)]
     place = chance.choice(places)
@@ -153,9 +155,9 @@ def _strike(kind: Kind, number: int, chance: random.Random, ranks: int, *, small
     victim = chance.choice(victims)
     if victim == "launcher":
         # Every rank waits: none may get ahead of the fault.
-        pauses = tuple(fail_at(each, phase, step, "sleep", PAUSE_SECONDS) for each in range(ranks))
+        pauses = tuple(fail_at(each, phase, step, "sleep", pause) for each in range(ranks))
         return Strike(kind, victim, phase, step, True, pauses)
     signal = "kill" if kind == "flip" else kind
     struck = range(ranks) if victim == "all ranks" else [rank]
-    faults = tuple(fail_at(each, phase, step, signal) for each in struck)
+    faults = tuple(fail_at(each, phase, step, signal, number) for each in struck)
     return Strike(kind, victim if victim == "all ranks" else f"rank {rank}", phase, step, False, faults)

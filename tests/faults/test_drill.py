@@ -1,0 +1,38 @@
+"""The drill itself, over the full stack: launcher, two ranks, DeepSpeed, checkpoints. Nothing is lost, to the bit."""
+
+import json
+
+import pytest
+import yaml
+
+from steadfast import main
+from tests.support.training import settings
+from tools.drills.plan import plan_drill
+
+
+def drill(capsys, tmp_path, store, faults, count, seed):
+    config = tmp_path / "c.yaml"
+    config.write_text(yaml.safe_dump(settings(tmp_path / "run", store.path)))
+    words = ["--faults", faults, "--count", str(count), "--seed", str(seed), "--nproc", "2", "--json"]
+    code = main(["drill", str(config), *words, "--out", str(tmp_path / "drill")])
+    answer = json.loads(capsys.readouterr().out)
+    assert code == 0, [row for row in answer["faults"] if row["problem"] or not row["equal"]]
+    assert len(answer["faults"]) == count
+    return answer["faults"]
+
+
+def test_five_kills_of_ranks_and_launcher_end_with_equal_weights(capsys, tmp_path, store):
+    """The seed is one whose five kills hit a rank, all ranks and the launcher."""
+    seed = 4
+    (planned,) = plan_drill(["kill"], 5, seed, 2, small_disk=False)
+    assert {strike.victim.partition(" ")[0] for strike in planned.strikes} == {"rank", "all", "launcher"}
+    rows = drill(capsys, tmp_path, store, "kill", 5, seed)
+    assert all(row["resumed_at"] is not None and row["equal"] for row in rows)
+    assert sum(row["lost_steps"] for row in rows) > 0
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize(("faults", "count"), [("kill", 200), ("kill,term,stop,enospc,nan,flip", 60)])
+def test_many_faults(capsys, tmp_path, store, seed, faults, count):
+    drill(capsys, tmp_path, store, faults, count, seed)
