@@ -8,6 +8,8 @@ import yaml
 from steadfast import main
 from tests.support.training import settings
 from tools.drills.plan import plan_drill
+from trainer.observe.goodput import account, timeline
+from trainer.run_directory import RunDirectory
 
 
 def drill(capsys, tmp_path, store, faults, count, seed):
@@ -28,7 +30,11 @@ def test_five_kills_of_ranks_and_launcher_end_with_equal_weights(capsys, tmp_pat
     assert {strike.victim.partition(" ")[0] for strike in planned.strikes} == {"rank", "all", "launcher"}
     rows = drill(capsys, tmp_path, store, "kill", 5, seed)
     assert all(row["resumed_at"] is not None and row["equal"] for row in rows)
-    assert sum(row["lost_steps"] for row in rows) > 0
+    table = account(timeline(RunDirectory(tmp_path / "drill/round-1")))
+    assert sum(table.seconds.values()) == pytest.approx(table.wall_seconds)
+    assert (table.attempts, table.failures) == (6, 5)
+    assert table.lost_steps == sum(row["lost_steps"] for row in rows) > 0
+    assert table.seconds["lost_work"] > 0
 
 
 @pytest.mark.soak

@@ -13,6 +13,8 @@ import yaml
 
 from tests.support.training import digest, losses, settings
 from trainer.checkpoint.verify import committed_steps
+from trainer.observe.goodput import account, timeline
+from trainer.run_directory import RunDirectory
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -78,6 +80,7 @@ def test_killed_inside_a_save(victim, tmp_path, store, uninterrupted):
 def test_a_run_that_lost_a_rank_starts_again_by_itself(tmp_path, store, uninterrupted):
     run = tmp_path / "run"
     config = write_config(tmp_path / "c.yaml", run, store)
+    began = time.time()
     launcher = subprocess.Popen(
         [*command(config), "--max-restarts", "1"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
@@ -87,6 +90,9 @@ def test_a_run_that_lost_a_rank_starts_again_by_itself(tmp_path, store, uninterr
     os.kill(ranks_of(launcher)[1], signal.SIGKILL)
     message = launcher.stderr.read()
     assert launcher.wait(timeout=60) == 0, message
+    table = account(timeline(RunDirectory(run)))
+    assert sum(table.seconds.values()) >= 0.99 * (time.time() - began)
+    assert (table.attempts, table.failures) == (2, 1)
     assert "starting again: lost a rank; restart 1 of at most 2 from step" in message
     events = [json.loads(line)["event"] for line in (run / "events.jsonl").read_text().splitlines()]
     assert [event for event in events if event in ("launch", "end", "resume", "done")] == [
