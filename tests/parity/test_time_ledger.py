@@ -1,4 +1,4 @@
-"""A real run's time ledger: all of its seconds, its lost work, what TensorBoard shows, and saves as often as advised."""
+"""A real run's time ledger: its seconds, its lost work, what TensorBoard shows, and saves as often as advised."""
 
 import json
 import shutil
@@ -93,10 +93,10 @@ def test_auto_saves_early_then_as_seldom_as_allowed(tmp_path, two_ranks, store, 
         "checkpoint": {"every_steps": "auto", "auto_at_least": 2, "auto_at_most": 3, "keep": 9},
     }
     assert two_ranks.run(TRAIN, values=values, stop_after=6) == [None, None]
-    assert committed_steps(run / "checkpoints") == [6, 5, 2]
-    # What it has measured before counts from the first step of the next start.
+    assert committed_steps(run / "checkpoints") == [6, 4, 2]
+    # What was measured before the stop counts from the next start on: step 8 is only saved because it is the last.
     assert two_ranks.run(TRAIN, values=values) == [None, None]
-    assert committed_steps(run / "checkpoints") == [8, 6, 5, 2]
+    assert committed_steps(run / "checkpoints") == [8, 6, 4, 2]
     assert prove(run, told[0].path).equal
 
 

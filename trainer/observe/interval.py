@@ -58,5 +58,5 @@ class AutoInterval:
             steps = self._at_least if advised is None else min(max(advised, self._at_least), self._at_most)
             if advised is not None and abs(steps - self._said) > 0.1 * self._said:
                 self._said = steps
-                print(f"a checkpoint every {steps} steps loses least", flush=True)
+                print(f"saving every {steps} steps from now on (checkpoint.every_steps: auto)", flush=True)
         return int(self._add_up([float(steps)])[0])
