@@ -22,7 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data": ("trainer.data.command", "build, inspect and verify a token store"),
     "config": ("trainer.config.command", "check, show and explain a configuration; print its JSON schema"),
     "train": ("launch.train_command", "train: N local processes, or one rank when a launcher started us"),
-    "launch": ("launch.command", "start a training run: local processes or a Ray cluster"),
+    "launch": ("launch.command", "start a training run here, with Slurm or on Ray; status, logs, stop"),
     "export": ("tools.export", "turn a checkpoint into a safetensors model and prove it"),
     "quantize": ("tools.quantize", "make a smaller model and say what it lost"),
     "eval": ("tools.eval", "exact match of a model's answers on held-out prompts"),

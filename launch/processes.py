@@ -53,7 +53,7 @@ class Ended:
     """A rank ended: `status` is its exit code, or minus the number of the signal that killed it.
 
     `when` is seconds since the epoch on the rank's host: what orders deaths on different hosts. `note` says more when
-    the process itself could not be seen to end (its host is lost).
+    the process itself could not be seen to end (its host is lost). `host` is its host, empty for this one.
     """
 
     rank: int
@@ -61,6 +61,7 @@ class Ended:
     status: int
     when: float
     note: str = ""
+    host: str = ""
 
 
 Event = Output | Ended

@@ -19,6 +19,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
+from launch import local_place
+from launch.attempts import run_with_restarts, write_reference
 from launch.contract import LAUNCHER_PID, require_resolvable, resolve
 from launch.faults import name_of_fault
 from launch.local import launch_local
@@ -42,6 +44,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Declare `train CONFIG [section.key=value ...] [--nproc N]`."""
     add_config_arguments(parser)
     parser.add_argument("--nproc", type=int, metavar="N", help="ranks to start on this machine (1 when not given)")
+    add_restart_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -51,11 +54,12 @@ def run(arguments: argparse.Namespace) -> int:
         processes = 1 if arguments.nproc is None else arguments.nproc
         require_gpus("--nproc", processes, os.environ)
         config = checked_config(arguments.config, arguments.overrides, processes, guess_device(os.environ))
-        return launch_local(
-            rank_command(arguments.config, arguments.overrides, show_traceback=arguments.traceback),
-            processes=processes,
-            environ=os.environ,
-            run_dir=Path(config.run.dir),
+        command = rank_command(arguments.config, arguments.overrides, show_traceback=arguments.traceback)
+        write_reference(RunDirectory(Path(config.run.dir)), local_place.reference())
+        return run_with_restarts(
+            lambda: launch_local(command, processes=processes, environ=os.environ, run_dir=Path(config.run.dir)),
+            config,
+            arguments.max_restarts,
         )
     if arguments.nproc is not None and arguments.nproc > 1:
         raise UsageError(
@@ -67,6 +71,23 @@ def run(arguments: argparse.Namespace) -> int:
         # Our launchers have said it already.
         _warn(config, guess_device(os.environ))
     return _be_a_rank(config, world, show_traceback=arguments.traceback)
+
+
+def add_restart_argument(parser: argparse.ArgumentParser) -> None:
+    """Give `parser` the option `max_restarts`."""
+    parser.add_argument(
+        "--max-restarts",
+        type=_restarts,
+        default=0,
+        metavar="N",
+        help="start again after a crash, at most N times in all and twice from the same checkpoint (default 0)",
+    )
+
+
+def _restarts(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of restarts, e.g. 3")
+    return int(text)
 
 
 def checked_config(path: Path, overrides: Sequence[str], ranks: int, device: Device) -> Config:

@@ -21,7 +21,8 @@ import os, sys
 from pathlib import Path
 from launch.local import launch_local
 command, ranks, run_dir, grace = [sys.executable, sys.argv[1], sys.argv[2]], int(sys.argv[3]), sys.argv[4], sys.argv[5]
-sys.exit(launch_local(command, processes=ranks, environ=os.environ, run_dir=Path(run_dir), grace_seconds=float(grace)))
+sys.exit(launch_local(command, processes=ranks, environ=os.environ, run_dir=Path(run_dir),
+                      grace_seconds=float(grace)).code)
 """
 RAY = """
 import sys

@@ -16,7 +16,7 @@ from launch.contract import LAUNCHER_PID, VARIABLES, rank_environment, require_r
 from launch.faults import name_of_fault
 from launch.processes import Ended, Output, plan_ranks
 from launch.ray import forwarded
-from launch.supervise import MEANINGS, Screen, blame, describe, exit_code
+from launch.supervise import MEANINGS, Ending, Screen, blame, describe, exit_code
 from launch.train_command import rank_command, require_gpus
 from trainer import errors
 from trainer.cli import parse, run_command
@@ -239,15 +239,15 @@ def test_what_all_ranks_say_alike_is_shown_once(capsys: pytest.CaptureFixture[st
 
 def test_error_reports_of_an_earlier_start_go_unless_the_run_is_alive(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
-    run.clear_error_reports()
+    run.forget_last_start()
     assert not run.path.exists()
     with run.lock():
         run.error_report(3).parent.mkdir()
         run.error_report(3).write_text("old")
         (run.path / "errors" / "mine.txt").write_text("kept")
-        run.clear_error_reports()
+        run.forget_last_start()
         assert run.error_report(3).exists()
-    run.clear_error_reports()
+    run.forget_last_start()
     assert [path.name for path in (run.path / "errors").iterdir()] == ["mine.txt"]
     with run.lock():
         assert run.in_use()
@@ -295,7 +295,9 @@ def test_more_ranks_than_visible_gpus_are_refused(tmp_path: Path, monkeypatch: p
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(UsageError, match="this machine shows 1"):
-        train_command.run(argparse.Namespace(config=Path("x.yaml"), overrides=[], nproc=2, traceback=False))
+        train_command.run(
+            argparse.Namespace(config=Path("x.yaml"), overrides=[], nproc=2, max_restarts=0, traceback=False)
+        )
     with pytest.raises(UsageError, match="--ranks-per-node 2 needs 2 GPUs"):
         command.run(launch("local", "x.yaml", "--ranks-per-node", "2"))
 
@@ -314,17 +316,21 @@ def test_bfloat16_on_a_cpu_is_warned_of_at_the_start(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    monkeypatch.setattr(train_command, "launch_local", lambda *_, **__: 0)
+    monkeypatch.setattr(train_command, "launch_local", lambda *_, **__: Ending(0))
     monkeypatch.setattr(train_command, "_be_a_rank", lambda *_, **__: 0)
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     tiny = Path(__file__).resolve().parents[2] / "configs" / "tiny.yaml"
     for dtype, said in (("bfloat16", 1), ("float32", 0)):
-        arguments = argparse.Namespace(config=tiny, overrides=[f"model.dtype={dtype}"], nproc=2, traceback=False)
+        arguments = argparse.Namespace(
+            config=tiny, overrides=[f"model.dtype={dtype}"], nproc=2, max_restarts=0, traceback=False
+        )
         assert train_command.run(arguments) == 0
         assert capsys.readouterr().err.count("warning: model.dtype=bfloat16 on a CPU is about 80 times") == said
     # A rank says it when no launcher of ours did, and only the first one.
-    slow = argparse.Namespace(config=tiny, overrides=["model.dtype=bfloat16"], nproc=None, traceback=False)
+    slow = argparse.Namespace(
+        config=tiny, overrides=["model.dtype=bfloat16"], nproc=None, max_restarts=0, traceback=False
+    )
     for more, said in (({"RANK": "0", "LOCAL_RANK": "0"}, 1), ({LAUNCHER_PID: "1"}, 0), ({"RANK": "1"}, 0)):
         for name, text in (rank_environment(WORLD) | more).items():
             monkeypatch.setenv(name, text)
@@ -375,4 +381,6 @@ def test_nproc_inside_a_rank_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
     for name, text in rank_environment(WORLD).items():
         monkeypatch.setenv(name, text)
     with pytest.raises(UsageError, match="--nproc 2 inside a launched rank"):
-        train_command.run(argparse.Namespace(config=Path("x.yaml"), overrides=[], nproc=2, traceback=False))
+        train_command.run(
+            argparse.Namespace(config=Path("x.yaml"), overrides=[], nproc=2, max_restarts=0, traceback=False)
+        )
