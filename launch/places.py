@@ -21,7 +21,7 @@ from trainer.errors import MissingInputError
 from trainer.observe.ledger import read_lines
 from trainer.run_directory import RunDirectory
 
-PLACES = {"local": "launch.local_place", "slurm": "launch.slurm.place"}
+PLACES = {"local": "launch.local_place", "slurm": "launch.slurm.place", "ray": "launch.ray.place"}
 
 
 def reference_of(run: RunDirectory) -> dict[str, Any]:

@@ -27,7 +27,7 @@ sys.exit(launch_local(command, processes=ranks, environ=os.environ, run_dir=Path
 RAY = """
 import sys
 from pathlib import Path
-from launch.ray import launch_ray
+X
 command, ranks, run_dir = [sys.executable, sys.argv[1], sys.argv[2]], int(sys.argv[3]), sys.argv[4]
 sys.exit(launch_ray(
     command, nodes=1, ranks_per_node=ranks, gpus_per_node=0, address=None, run_dir=Path(run_dir)))

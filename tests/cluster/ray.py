@@ -1,0 +1,123 @@
+"""A real Ray cluster on one machine: a head node and workers, each with its own address, that ask for a token."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tests.cluster.nodes import Node, make_nodes, until
+
+PORT, DASHBOARD_PORT = 6379, 8265
+START_SECONDS = 240
+# A lost node is noticed after about ten seconds instead of half a minute.
+QUICKER = {
+    "RAY_health_check_initial_delay_ms": "2000",
+    "RAY_health_check_period_ms": "2000",
+    "RAY_health_check_timeout_ms": "5000",
+    "RAY_health_check_failure_threshold": "3",
+}
+
+
+class RayCluster:
+    """`nodes[0]` is the head; it computes, too. Use it as a context manager."""
+
+    def __init__(self, nodes: int = 3, *, cpus: int = 1) -> None:
+        # Paths of Ray's sockets must be short.
+        self.state = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
+        self._names = [f"node{number}" for number in range(1, nodes + 1)]
+        self._cpus = cpus
+        self.token_file = self.state / "token"
+        self.nodes: list[Node] = []
+
+    def __enter__(self) -> RayCluster:
+        try:
+            self._start()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for node in reversed(self.nodes):
+            node.switch_off()
+        shutil.rmtree(self.state, ignore_errors=True)
+
+    @property
+    def head(self) -> Node:
+        """The node with the controller, the job API and the drivers of jobs."""
+        return self.nodes[0]
+
+    @property
+    def api(self) -> str:
+        """Address of the job API."""
+        return f"http://{self.head.address}:{DASHBOARD_PORT}"
+
+    def environ(self, *, token: bool = True) -> dict[str, str]:
+        """What a user of this cluster has in the environment."""
+        mine = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token_file)} if token else {}
+        return {"HOME": str(self.state), "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1", **mine}
+
+    def run(
+        self, *command: str, token: bool = True, environ: Mapping[str, str] | None = None, **options: Any
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command on the head node as a user who has the token, or has not."""
+        return self.head.run(command, self.environ(token=token) | dict(environ or {}), **options)
+
+    def start_daemon(self, node: Node) -> None:
+        """Start Ray on a node that is on, with a directory of sockets and logs that no other node sees."""
+        local = self.state / "local"
+        local.mkdir(exist_ok=True)
+        mounted = node.run(["mount", "-t", "tmpfs", "-o", "size=1g", "tmpfs", str(local)])
+        assert mounted.returncode == 0, mounted.stderr
+        own = [f"--node-ip-address={node.address}", f"--num-cpus={self._cpus}", "--num-gpus=0", "--block"]
+        own += ["--disable-usage-stats", "--object-store-memory=80000000"]
+        if node is self.head:
+            own += ["--head", f"--port={PORT}", f"--dashboard-host={node.address}", f"--temp-dir={local}"]
+            own += [f"--dashboard-port={DASHBOARD_PORT}"]
+        else:
+            own += [f"--address={self.head.address}:{PORT}"]
+        environ = self.environ() | QUICKER | {"RAY_raylet_start_wait_time_s": "180"}
+        with (self.state / f"{node.name}.out").open("wb") as out:
+            node.popen(
+                [sys.executable, "-m", "ray.scripts.scripts", "start", *own], environ, stdout=out, stderr=out,
+                start_new_session=True,
+            )  # fmt: skip
+
+    def wait_for_nodes(self, count: int, seconds: float = START_SECONDS) -> None:
+        """Wait until this many nodes are alive, as the controller sees it."""
+        until(lambda: self.alive() == count, f"{count} nodes of Ray are alive\n{self.said()}", seconds, 1.0)
+
+    def alive(self) -> int:
+        """Nodes that are alive, as the controller sees it; 0 when it does not answer."""
+        address = f"{self.head.address}:{PORT}"
+        code = (
+            f"import ray; ray.init('{address}', log_to_driver=False, logging_level='error');"
+            "print('alive', sum(node['Alive'] for node in ray.nodes()))"
+        )
+        found = re.search(r"^alive (\d+)$", self.run(sys.executable, "-c", code).stdout, re.MULTILINE)
+        return int(found[1]) if found else 0
+
+    def said(self) -> str:
+        """What the daemons wrote to their terminals."""
+        return "\n".join(path.read_text(errors="replace") for path in self.state.glob("*.out"))
+
+    def _start(self) -> None:
+        self.token_file.touch(0o600)
+        self.token_file.write_text(os.urandom(32).hex())
+        self.nodes = make_nodes(self._names, self.state)
+        self.start_daemon(self.head)
+        until(self._answers, f"the job API answers\n{self.said()}", START_SECONDS, 0.5)
+        for node in self.nodes[1:]:
+            self.start_daemon(node)
+        self.wait_for_nodes(len(self.nodes))
+
+    def _answers(self) -> bool:
+        done = self.head.run(["curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", f"{self.api}/api/jobs/"])
+        return done.stdout == "401"
