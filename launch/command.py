@@ -59,7 +59,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "(default: RAY_ADDRESS, which jobs have; else a cluster on this machine)",
     )
     ray.add_argument(
-        "--allow-unauthenticated", action="store_true", help="submit to a remote cluster that asks for no token"
+        "--allow-unauthenticated", action="store_true", help="use a remote cluster even if it asks for no token"
     )
 
     status = commands.add_parser("status", help="where a launched run is, and how its attempts ended")
@@ -149,7 +149,15 @@ def _launch(arguments: argparse.Namespace) -> int:
         )
     from launch.ray.run import run_ray
 
-    return run_ray(command, config, nodes=nodes, ranks_per_node=ranks, gpus_per_node=gpus, address=arguments.address)
+    return run_ray(
+        command,
+        config,
+        nodes=nodes,
+        ranks_per_node=ranks,
+        gpus_per_node=gpus,
+        address=arguments.address,
+        allow_unauthenticated=arguments.allow_unauthenticated,
+    )
 
 
 def _submit_to_ray(arguments: argparse.Namespace, config: Config, nodes: int, ranks: int) -> int:

@@ -45,22 +45,30 @@ def has_token(environ: Mapping[str, str], home: Path) -> bool:
     return (Path(path) if path else home / ".ray" / "auth_token").is_file()
 
 
-def require_token_asked(address: str, *, allowed: bool) -> bool:
-    """Find out whether the API asks for a token; returns that.
-
-    Raises UsageError for a remote one that does not, unless that is `allowed`, PeerLostError when nobody answers.
-    """
+def asks_for_token(address: str) -> bool:
+    """Whether the job API at `address` asks for a token. Raises PeerLostError when no such API answers."""
     status = status_without_token(address)
-    if status in (401, 403):
-        return True
-    if status != 200:
+    if status not in (200, 401, 403):
         raise PeerLostError(f"{address} answers {status}, which no job API of Ray does", "check --address")
+    return status != 200
+
+
+def refuse_open(address: str, *, allowed: bool) -> None:
+    """Raise UsageError for a remote cluster that was found to ask for no token, unless that is `allowed`."""
     if not allowed and not is_loopback(address):
         raise UsageError(
             f"the Ray cluster at {address} asks for no token: whoever reaches it can run anything on it",
             "start it with RAY_AUTH_MODE=token, or give --allow-unauthenticated",
         )
-    return False
+
+
+def refuse_open_cluster(address: str, api: str, environ: Mapping[str, str], *, allowed: bool) -> None:
+    """As `refuse_open` for a cluster that this process is already connected to; `api` is empty when it has none.
+
+    Ray connects with a token to clusters that ask for none. But one that we are connected to without a token is open.
+    """
+    if environ.get("RAY_AUTH_MODE") != "token" or (api and not asks_for_token(api)):
+        refuse_open(address, allowed=allowed)
 
 
 def status_without_token(address: str) -> int:
@@ -83,7 +91,9 @@ def connect(address: str, *, allow_unauthenticated: bool) -> Any:
     Raises UsageError when the cluster asks for a token and we have none or a wrong one, or when it asks for none
     though it is remote; PeerLostError when nobody answers.
     """
-    if require_token_asked(address, allowed=allow_unauthenticated):
+    if not asks_for_token(address):
+        refuse_open(address, allowed=allow_unauthenticated)
+    else:
         if not has_token(os.environ, Path.home()):
             raise UsageError(f"the Ray cluster at {address} asks for a token, and there is none", _TOKEN_REMEDY)
         # Ray reads it while being imported.
@@ -110,4 +120,4 @@ def call(ask: Callable[[], T], address: str) -> T:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

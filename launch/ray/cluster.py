@@ -47,7 +47,8 @@ class Cluster:
         except (ConnectionError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
             reason = (str(error).splitlines() or [""])[0]
             raise PeerLostError(
-                f"no Ray cluster at {address or 'this machine'}: {reason}", "check --address and RAY_AUTH_TOKEN_PATH"
+                f"no Ray cluster at {address or 'this machine'}: {reason}",
+                "a driver must be on a node of its cluster and have its token; elsewhere give the job API, http://HEAD:8265",
             ) from error
         self.api = f"http://{context.dashboard_url}" if context.dashboard_url else ""
         self.address = str(context.address_info["gcs_address"])

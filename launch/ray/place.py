@@ -27,7 +27,11 @@ def state(reference: dict[str, Any]) -> str:
     job, api = reference["job"], reference["api"]
     if not api:
         return f"Ray driver {job} in the cluster {reference['cluster']}: started by hand, see its terminal"
-    info = _info(reference)
+    try:
+        info = _info(reference)
+    except PeerLostError as error:
+        # Clusters that were made for one job are gone after it.
+        return f"Ray job {job} at {api}: not known any more ({error.fact})"
     code = f", exit code {info.driver_exit_code}" if info.driver_exit_code is not None else ""
     waits = f" ({info.message.splitlines()[0]})" if info.status == "PENDING" and info.message else ""
     return f"Ray job {job} at {api}: {str(info.status).lower()}{code}{waits}"

@@ -20,13 +20,16 @@ from typing import Any, Literal
 from launch.attempts import ended, is_finished, record_end, record_launch, write_reference
 from launch.decide import Attempt, Done, GiveUp, decide
 from launch.places import reference_of
+from launch.ray.api import refuse_open_cluster
 from launch.ray.cluster import Cluster
 from launch.ray.hosts import RayRanks
 from launch.supervise import Ending, supervise
 from trainer.config.schema import Config
-from trainer.errors import MissingInputError, PeerLostError, StoppedOnRequest
+from trainer.errors import MissingInputError, PeerLostError, StoppedOnRequest, UsageError
 from trainer.run_directory import RunDirectory
 
+# In the path of what `ray job submit --working-dir` uploads.
+_PACKAGE = "/_ray_pkg_"
 _JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 
@@ -38,19 +41,23 @@ def run_ray(
     ranks_per_node: int,
     gpus_per_node: int,
     address: str | None,
+    allow_unauthenticated: bool = False,
 ) -> int:
     """Run `command` as ranks_per_node ranks on each of `nodes` nodes; returns the exit code of the run.
 
     `address` None starts a cluster on this machine. Raises PeerLostError when there is no cluster at `address`,
-    UsageError when it has too few free nodes. Call it from the main thread.
+    UsageError when it has too few free nodes, or is a remote one that asks for no token. Call it from the main thread.
     """
     run = RunDirectory(Path(config.run.dir))
     if is_finished(run, config):
         _say(f"nothing to do: {run.path} is complete")
         return 0
+    _require_shared(run.path, Path.cwd())
     bundle = {"CPU": ranks_per_node} | ({"GPU": gpus_per_node} if gpus_per_node else {})
     with Cluster(address, local_cpus=nodes * ranks_per_node) as cluster, _Between() as between:
         submission = submission_id()
+        if not submission and address not in (None, "auto"):
+            refuse_open_cluster(cluster.address, cluster.api, os.environ, allowed=allow_unauthenticated)
         job = submission or f"{socket.gethostname()}-{os.getpid()}-{int(time.time())}"
         if _recorded_job(run) != job:
             api = cluster.api if submission else ""
@@ -59,7 +66,7 @@ def run_ray(
         history: list[Attempt] = []
         wanted = nodes
         while True:
-            group = cluster.place(bundle, wanted, between.is_stopped)
+            group = _place(cluster, bundle, wanted, between, history)
             if group is None:
                 return _stopped_between(history)
             placed = cluster.hosts(group)
@@ -91,11 +98,30 @@ def submission_id() -> str:
         return ""
 
 
+def _place(cluster: Cluster, bundle: dict[str, int], nodes: int, between: _Between, history: list[Attempt]) -> Any:
+    try:
+        return cluster.place(bundle, nodes, between.is_stopped)
+    except UsageError as error:
+        if not history:
+            raise
+        # What was there at first is gone: no mistake of the command.
+        raise PeerLostError(error.fact, "submit the same command again: it resumes") from error
+
+
 def _recorded_job(run: RunDirectory) -> str:
     try:
         return str(reference_of(run).get("job", ""))
     except MissingInputError:
         return ""
+
+
+def _require_shared(run_dir: Path, directory: Path) -> None:
+    """Raise UsageError when the run directory lies in the copy of somebody's files that Ray unpacks on every node."""
+    if _PACKAGE in str(directory / run_dir):
+        raise UsageError(
+            f"run.dir={run_dir} lies in the job's working directory, of which every node has a copy of its own",
+            "give an absolute path on a file system that all nodes share",
+        )
 
 
 def _attempt(ranks: RayRanks, world_size: int, run_dir: Path) -> Ending:

@@ -90,6 +90,14 @@ class RayCluster:
                 start_new_session=True,
             )  # fmt: skip
 
+    def recover(self) -> None:
+        """Switch on what was switched off."""
+        for node in self.nodes:
+            if not node.is_on:
+                node.switch_on()
+                self.start_daemon(node)
+        self.wait_for_nodes(len(self.nodes))
+
     def wait_for_nodes(self, count: int, seconds: float = START_SECONDS) -> None:
         """Wait until this many nodes are alive, as the controller sees it."""
         until(lambda: self.alive() == count, f"{count} nodes of Ray are alive\n{self.said()}", seconds, 1.0)
