@@ -198,11 +198,16 @@ class Screen:
         self._error: dict[int, str] = {}
         self._said_by: dict[str, int] = {}
         self._inside_error: set[int] = set()
+        self._dumping: set[int] = set()
 
     def show(self, output: Output) -> None:
         """Write a rank's line to the stream it came from, with the rank in front when there are several."""
         if output.stream == "stderr" and output.line.strip():
-            self._last[output.rank] = output.line.strip()
+            # The dump of a fatal signal ends with the outermost frame; what the rank said before it says more.
+            if output.line.startswith("Fatal Python error: ") and output.rank in self._last:
+                self._dumping.add(output.rank)
+            if output.rank not in self._dumping:
+                self._last[output.rank] = output.line.strip()
             if output.line.startswith("error: "):
                 self._error[output.rank] = output.line.strip()
             if self._said_before(output):
@@ -229,7 +234,7 @@ class Screen:
             sys.stderr.flush()
 
     def last_words(self, rank: int) -> str:
-        """The rank's error line, else the last thing it wrote to stderr."""
+        """The rank's error line, else the last thing it wrote to stderr before it died."""
         return self._error.get(rank) or self._last.get(rank, "")
 
 

@@ -162,7 +162,7 @@ def run_job(config_path: Path, overrides: Sequence[str], *, show_traceback: bool
             deadline=_deadline(known),
         )
     saved = run.stopped.exists()
-    attempt = ended(run, config, ending.code, _asked_by(ending, saved, allocated.job))
+    attempt = ended(run, config, ending.code, asked_by(ending, saved))
     decision = decide([*history, attempt])
     record_end(run, allocated.job, attempt, ending.blamed, decision)
     if isinstance(decision, Done):
@@ -174,15 +174,15 @@ def run_job(config_path: Path, overrides: Sequence[str], *, show_traceback: bool
     return _requeue(allocated.job, decision.why, ending.code)
 
 
-def _asked_by(ending: Ending, saved: bool, job: str) -> Literal["nobody", "scheduler", "person"]:
-    if ending.asked in ("SIGUSR2", TIME_LIMIT):
+def asked_by(ending: Ending, saved: bool) -> Literal["nobody", "scheduler", "person"]:
+    """Who asked an attempt to stop.
+
+    `scancel`, with or without our own `launch stop`, reaches the batch step as SIGTERM. When only the tasks were
+    signalled, Slurm is preempting the job in a partition that sends no warning to the batch step.
+    """
+    if ending.asked in ("SIGUSR2", TIME_LIMIT) or (saved and not ending.asked):
         return "scheduler"
-    if ending.asked:
-        return "person"
-    if saved:
-        # Slurm signalled the tasks themselves: it preempts the job, or somebody cancelled it.
-        return "person" if _job(job).get("JobState") == "CANCELLED" else "scheduler"
-    return "nobody"
+    return "person" if ending.asked else "nobody"
 
 
 def _preflight(command: Sequence[str], environ: Mapping[str, str]) -> Ending | None:

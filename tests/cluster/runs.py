@@ -31,9 +31,8 @@ class Run:
         self.place = directory
         self.path = directory / "run"
         self.config = directory / "config.yaml"
-        values = settings(
-            self.path, store, train__max_steps=STEPS, checkpoint__every_steps=20, checkpoint__keep=2, **changes
-        )
+        usual = {"train__max_steps": STEPS, "checkpoint__every_steps": 20, "checkpoint__keep": 2}
+        values = settings(self.path, store, **(usual | changes))
         self.config.write_text(yaml.safe_dump(values))
         self.job = ""
 
@@ -74,6 +73,28 @@ class Run:
         known = self.slurm.job(self.job).get("JobState", "")
         assert known not in ("FAILED", "CANCELLED", "TIMEOUT"), self.output()
         return next(iter(committed_steps(self.path / "checkpoints")), 0) >= step
+
+
+def rank_processes(run: Run) -> dict[int, int]:
+    """Living ranks of a run: rank to process id, as this machine counts processes."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+                environ = (entry / "environ").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            rank = next((int(text[5:]) for text in environ if text.startswith(b"RANK=")), None)
+            if rank is not None and b"train" in words and str(run.config).encode() in words:
+                found[rank] = int(entry.name)
+    return found
+
+
+def environment_of(process: int) -> dict[str, str]:
+    """The environment a process was started with."""
+    entries = Path(f"/proc/{process}/environ").read_bytes().decode().split("\0")
+    return dict(entry.split("=", 1) for entry in entries if "=" in entry)
 
 
 class Runs:

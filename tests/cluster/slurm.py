@@ -137,8 +137,22 @@ class SlurmCluster:
         until(reached, f"job {job} is {' or '.join(states)}, not {known.get('JobState')}", seconds, 0.2)
         return known
 
+    def recover(self) -> None:
+        """End all jobs and have all compute nodes on and idle."""
+        self.run("scancel", "--user=root")
+        self.run("scancel", "--state=pending", "--user=root")
+        for name in self._names:
+            if not self.node(name).is_on:
+                self.restore(name)
+        self.wait_idle(self._names, 60)
+
+    def restore(self, name: str) -> None:
+        """Switch a node on again."""
+        self.node(name).switch_on()
+        self.start_daemon(name)
+
     def start_daemon(self, name: str) -> None:
-        """Start slurmd on a compute node that is on, and wait until jobs can use the node."""
+        """Start slurmd on a compute node that is on."""
         daemon = ["slurmd", "-D", "-N", name, "-f", str(self.state / "slurm.conf")]
         with (self.state / f"{name}.out").open("wb") as out:
             self.node(name).popen(daemon, stdout=out, stderr=out, start_new_session=True)
