@@ -16,6 +16,7 @@ from tests.cluster.nodes import Node, make_nodes, until
 
 PORT, DASHBOARD_PORT = 6379, 8265
 START_SECONDS = 240
+RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 # A lost node is noticed after about ten seconds instead of half a minute.
 QUICKER = {
     "RAY_health_check_initial_delay_ms": "2000",
@@ -65,10 +66,15 @@ class RayCluster:
         return {"HOME": str(self.state), "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1", **mine}
 
     def run(
-        self, *command: str, token: bool = True, environ: Mapping[str, str] | None = None, **options: Any
+        self,
+        *command: str,
+        on: Node | None = None,
+        token: bool = True,
+        environ: Mapping[str, str] | None = None,
+        **options: Any,
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command on the head node as a user who has the token, or has not."""
-        return self.head.run(command, self.environ(token=token) | dict(environ or {}), **options)
+        """Run a command on a node, the head's unless told, as a user who has the token, or has not."""
+        return (on or self.head).run(command, self.environ(token=token) | dict(environ or {}), **options)
 
     def start_daemon(self, node: Node) -> None:
         """Start Ray on a node that is on, with a directory of sockets and logs that no other node sees."""
@@ -86,9 +92,23 @@ class RayCluster:
         environ = self.environ() | QUICKER | {"RAY_raylet_start_wait_time_s": "180"}
         with (self.state / f"{node.name}.out").open("wb") as out:
             node.popen(
-                [sys.executable, "-m", "ray.scripts.scripts", "start", *own], environ, stdout=out, stderr=out,
-                start_new_session=True,
+                [*RAY, "start", *own], environ, stdout=out, stderr=out, start_new_session=True,
             )  # fmt: skip
+
+    def start_open_cluster(self, node: Node) -> tuple[str, str]:
+        """Start a second cluster, which asks for no token, on a node; returns its address and that of its job API."""
+        home = self.state / "local" / "open"
+        start = [f"--node-ip-address={node.address}", "--head", "--port=6400", f"--dashboard-host={node.address}"]
+        start += ["--dashboard-port=8300", f"--temp-dir={home}", "--num-cpus=1", "--num-gpus=0"]
+        done = node.run(
+            [*RAY, "start", *start, "--object-store-memory=80000000"],
+            self.environ(token=False) | {"RAY_AUTH_MODE": "disabled", "RAY_raylet_start_wait_time_s": "180"},
+            timeout=START_SECONDS,
+        )
+        assert done.returncode == 0, done.stderr
+        api = f"http://{node.address}:8300"
+        until(lambda: self._status(api) == "200", "the open cluster answers", START_SECONDS, 0.5)
+        return f"{node.address}:6400", api
 
     def recover(self) -> None:
         """Switch on what was switched off."""
@@ -121,11 +141,11 @@ class RayCluster:
         self.token_file.write_text(os.urandom(32).hex())
         self.nodes = make_nodes(self._names, self.state)
         self.start_daemon(self.head)
-        until(self._answers, f"the job API answers\n{self.said()}", START_SECONDS, 0.5)
+        until(lambda: self._status(self.api) == "401", f"the job API answers\n{self.said()}", START_SECONDS, 0.5)
         for node in self.nodes[1:]:
             self.start_daemon(node)
         self.wait_for_nodes(len(self.nodes))
 
-    def _answers(self) -> bool:
-        done = self.head.run(["curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", f"{self.api}/api/jobs/"])
-        return done.stdout == "401"
+    def _status(self, api: str) -> str:
+        """The HTTP status of a list of jobs, asked for without a token."""
+        return self.head.run(["curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", f"{api}/api/jobs/"]).stdout

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from tests.cluster.nodes import until
-from tests.cluster.ray import RayCluster
+from tests.cluster.ray import RAY, RayCluster
 from tests.cluster.runs import ROOT, START_SECONDS, STEPS
 from tests.support.training import settings
 from trainer.checkpoint.verify import committed_steps
@@ -43,7 +43,7 @@ class RayRun:
     def submit_by_hand(self, nodes: int = 2) -> str:
         """Submit the run with Ray's own command."""
         driver = [*STEADFAST, "launch", "ray", str(self.config), "--nodes", str(nodes)]
-        submit = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--no-wait"]
+        submit = [*RAY, "job", "submit", "--no-wait"]
         self.job = f"by-hand-{self.path.parent.name}"
         done = self.cluster.run(
             *submit, "--address", self.cluster.api, "--submission-id", self.job, "--", *driver, timeout=120

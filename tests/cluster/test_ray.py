@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.cluster.nodes import until, why_not
 from tests.cluster.ray import RayCluster
-from tests.cluster.ray_runs import RayRun
+from tests.cluster.ray_runs import STEADFAST, RayRun
 from tests.cluster.runs import STEPS, Runs, rank_processes
 from tests.support.training import losses
 
@@ -175,22 +175,23 @@ def test_no_token_and_a_wrong_one(run: RayRun, note: Callable[[str], None]) -> N
     note("one line and exit code 2, nothing submitted")
 
 
-def test_an_open_cluster_is_refused(cluster: RayCluster, run: RayRun, note: Callable[[str], None]) -> None:
-    open_api = [sys.executable, "-m", "http.server", "8265", "--bind", cluster.nodes[1].address]
-    place = run.config.parent / "open"
-    (place / "api" / "jobs").mkdir(parents=True)
-    server = cluster.nodes[1].popen(open_api, cwd=place)
-    try:
-        api = f"http://{cluster.nodes[1].address}:8265"
-        until(lambda: cluster.run("curl", "-s", api).returncode == 0, "the server answers", 20)
-        done = run.steadfast("ray", str(run.config), "--nodes", "2", "--address", api)
+def test_an_open_cluster_is_refused(run: RayRun, note: Callable[[str], None]) -> None:
+    node = run.cluster.nodes[1]
+    address, api = run.cluster.start_open_cluster(node)
+    submit = ("ray", str(run.config), "--address")
+    for place, why in ((api, api), (address, address)):
+        done = run.cluster.run(*STEADFAST, "launch", *submit, place, on=node, timeout=120)
         assert done.returncode == 2
-        assert done.stderr.startswith(f"error: the Ray cluster at {api} asks for no token: ")
+        assert done.stderr.startswith(f"error: the Ray cluster at {why} asks for no token: ")
         assert "--allow-unauthenticated" in done.stderr
-        note("refused with exit code 2")
-    finally:
-        server.kill()
-        server.wait()
+    assert not run.path.exists()
+    note("through the job API and from within: refused with exit code 2")
+    done = run.cluster.run(
+        *STEADFAST, "launch", *submit, address, "--allow-unauthenticated", "train.max_steps=2", on=node, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    # This node has two clusters now: start it afresh.
+    node.switch_off()
 
 
 def lose(run: RayRun, name: str) -> float:
@@ -203,8 +204,6 @@ def lose(run: RayRun, name: str) -> float:
 
 def processes_with(*words: str) -> list[int]:
     """Living processes of Python whose command line has these words, in this order and side by side."""
-    from pathlib import Path
-
     wanted = b"\0".join(word.encode() for word in words)
     found = []
     for entry in Path("/proc").iterdir():
