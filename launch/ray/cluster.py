@@ -74,10 +74,10 @@ class Cluster:
         )
         limit = NOTICE_SECONDS if self.is_local else PLACEMENT_SECONDS
         began, said = time.monotonic(), False
-        while not group.wait(1):
+        while not group.wait(1) or is_stopped():
             waited = time.monotonic() - began
             if is_stopped() or waited > limit:
-                self._ray.util.remove_placement_group(group)
+                self.release(group)
             if is_stopped():
                 return None
             if waited > limit:

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
-from launch.attempts import ended, is_finished, record_end, record_launch, write_reference
+from launch.attempts import ended, is_finished, newest_step, record_end, record_launch, write_reference
 from launch.decide import Attempt, Done, GiveUp, decide
 from launch.places import reference_of
 from launch.ray.api import refuse_open_cluster
@@ -68,7 +68,7 @@ def run_ray(
         while True:
             group = _place(cluster, bundle, wanted, between, history)
             if group is None:
-                return _stopped_between(history)
+                return _stopped_between(run)
             placed = cluster.hosts(group)
             names = [name for _, name in placed]
             record_launch(run, job, hosts=names)
@@ -138,9 +138,9 @@ def _asked_by(ending: Ending, lost_host: bool) -> Literal["nobody", "scheduler",
     return "scheduler" if lost_host and ending.code == PeerLostError.exit_code else "nobody"
 
 
-def _stopped_between(history: Sequence[Attempt]) -> int:
+def _stopped_between(run: RunDirectory) -> int:
     _say("stopped on request between two attempts")
-    return StoppedOnRequest.exit_code if history and history[-1].committed else PeerLostError.exit_code
+    return StoppedOnRequest.exit_code if newest_step(run) else PeerLostError.exit_code
 
 
 class _Between:
