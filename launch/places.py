@@ -45,6 +45,8 @@ def place_of(reference: dict[str, Any]) -> Any:
 def status_of(run: RunDirectory) -> dict[str, Any]:
     """Where the run is, how far it came, and how its attempts ended."""
     reference = reference_of(run)
+    # Asked first: of a run that has ended, the files below are complete.
+    state = place_of(reference).state(reference)
     newest = {}
     for entry in read_lines(run.metrics):
         if "train/loss" in entry:
@@ -52,7 +54,7 @@ def status_of(run: RunDirectory) -> dict[str, Any]:
     ends = [entry for entry in read_lines(run.events) if entry["event"] == "end"]
     return {
         "run": str(run.path),
-        "state": place_of(reference).state(reference),
+        "state": state,
         "reference": reference,
         "outcome": _read(run.outcome).get("status", "none yet"),
         "step": newest.get("step", 0),
