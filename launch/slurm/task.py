@@ -81,15 +81,14 @@ def plan_task(command: Sequence[str], environ: Mapping[str, str], *, cores: int,
 
 def run_task(command: Sequence[str]) -> int:
     """Run the rank of this task to its end; returns its exit code, or 128 + the signal that killed it."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    # Handlers before the rank is there, and not a mask, which the rank would inherit and then outlive its SIGTERM.
+    arrived: list[int] = []
+    for number in _SIGNALS:
+        signal.signal(number, lambda number, _: arrived.append(number))
     plan = plan_task(command, os.environ, cores=usable_cores(), directory=str(Path.cwd()))
     ranks = HostRanks([plan])
     ranks.start()
     _tell(STARTED, {"host": socket.gethostname(), "step": _step(os.environ)})
-    arrived: list[int] = []
-    for number in _SIGNALS:
-        signal.signal(number, lambda number, _: arrived.append(number))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     while True:
         while arrived:
             ranks.signal(_SIGNALS[signal.Signals(arrived.pop(0))])

@@ -135,7 +135,7 @@ def test_three_crashes_at_one_place_are_enough(slurm: SlurmCluster, runs: Runs, 
     run = runs.new("hopeless")
     job = run.submit()
     for restart in range(3):
-        until(lambda: 1 in rank_processes(run), "rank 1 lives", 120)
+        until(lambda: 1 in rank_processes(run), f"rank 1 lives:\n{run.output()}", 60)
         # So that the same process is not met again.
         pid = rank_processes(run)[1]
         os.kill(pid, signal.SIGKILL)

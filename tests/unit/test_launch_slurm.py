@@ -226,7 +226,8 @@ class StandIn:
         tools.mkdir()
         (tools / "srun").write_text(f'#!/bin/sh\nexec "{sys.executable}" "{FAKE_SRUN}" "$@"\n')
         # What scancel kills is written down by the stand-in of srun.
-        (tools / "scancel").write_text(f'#!/bin/sh\nxargs kill -9 < "{tmp_path}/tasks"\n')
+        (tools / "scancel").write_text(f'#!/bin/sh\ntouch "{tmp_path}/killed"; xargs kill -9 < "{tmp_path}/tasks"\n')
+        self.killed = tmp_path / "killed"
         for tool in tools.iterdir():
             tool.chmod(0o755)
         monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
@@ -268,6 +269,13 @@ def test_a_refusal_keeps_its_code_although_peers_die_with_higher_ones(job: Stand
     ending = job.supervise({"0": [["sleep", 60]], "1": [["error", "error: rows.jsonl:7: bad"], ["exit", 65]]})
     assert ending.code == 65
     assert ending.blamed.endswith("rows.jsonl:7: bad")
+
+
+def test_peers_of_a_dead_rank_end_on_sigterm_and_need_no_kill(job: StandIn) -> None:
+    """A task that starts its rank with SIGTERM blocked leaves a rank that only SIGKILL ends."""
+    ending = job.supervise({"0": [["sleep", 60]], "1": [["sleep", 1.0], ["exit", 65]]}, ranks=2)
+    assert ending.code == 65
+    assert not job.killed.exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
