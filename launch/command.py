@@ -2,7 +2,7 @@
 
 steadfast launch local configs/tiny.yaml --ranks-per-node 2 --max-restarts 3
 steadfast launch slurm configs/tiny.yaml --nodes 2 --gpus-per-node 8 --sbatch="--partition=gpu --time=12:00:00"
-steadfast launch ray configs/tiny.yaml --nodes 2 --gpus-per-node 8 --address auto
+steadfast launch ray configs/tiny.yaml --nodes 2 --gpus-per-node 8 --address http://HEAD:8265
 steadfast launch slurm configs/tiny.yaml --nodes 2 --gpus-per-node 8 --dry-run
 
 steadfast launch status runs/tiny

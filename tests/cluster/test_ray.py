@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.nodes import until, why_not
-from tests.cluster.ray import RayCluster
+from tests.cluster.ray import PORT, RayCluster
 from tests.cluster.ray_runs import STEADFAST, RayRun
 from tests.cluster.runs import STEPS, Runs, rank_processes
 from tests.support.training import losses
@@ -136,6 +136,25 @@ def test_a_graceful_stop_and_another_submission(
     assert [event["step"] for event in run.events("resume")] == [stopped["step"]]
     assert losses(run.path) == expected
     note("submitted again: resumed there, losses equal")
+
+
+def test_a_driver_in_a_terminal_is_stopped_from_another(run: RayRun, note: Callable[[str], None]) -> None:
+    address = f"{run.cluster.head.address}:{PORT}"
+    words = [*STEADFAST, "launch", "ray", str(run.config), "--nodes", "2", "--address", address]
+    with (run.config.parent / "terminal").open("wb") as terminal:
+        driver = run.cluster.head.popen(words, run.cluster.environ(), stdout=terminal, stderr=terminal)
+    try:
+        run.wait_for_step(20)
+        assert "started by hand" in run.status()["state"]
+        began = time.monotonic()
+        done = run.steadfast("stop", str(run.path), "--graceful")
+        assert done.returncode == 0, done.stderr
+        assert driver.wait(120) == 75
+        note(f"ended {time.monotonic() - began:.0f} s after launch stop --graceful, exit code 75")
+    finally:
+        driver.kill()
+        driver.wait()
+    assert run.status()["committed"] == run.events("stop")[0]["step"]
 
 
 def test_a_stop_and_a_killed_driver_leave_no_rank(run: RayRun, note: Callable[[str], None]) -> None:
