@@ -25,7 +25,6 @@ from launch import local_place, places
 from launch.attempts import run_with_restarts, write_reference
 from launch.contract import LAUNCHER_PID, VARIABLES, resolve
 from launch.local import launch_local, plan_local
-from launch.ray.api import is_api
 from launch.train_command import add_restart_argument, checked_config, rank_command, require_gpus
 from trainer.config.arguments import add_config_arguments
 from trainer.config.deepspeed import accumulation_steps
@@ -134,6 +133,8 @@ def _launch(arguments: argparse.Namespace) -> int:
     if arguments.place == "slurm":
         return _submit(arguments, config, nodes, ranks)
     if arguments.place == "ray":
+        from launch.ray.api import is_api
+
         arguments.address = arguments.address or os.environ.get("RAY_ADDRESS")
         if is_api(arguments.address):
             return _submit_to_ray(arguments, config, nodes, ranks)
