@@ -102,16 +102,23 @@ class Cluster:
         """Give the bundles back."""
         self._ray.util.remove_placement_group(group)
 
-    def settle(self, lost: Iterable[str], is_stopped: Callable[[], bool]) -> None:
-        """Wait until Ray, too, knows that the nodes with these ids are gone, or until they answer after all."""
+    def gone(self, lost: Iterable[str], is_stopped: Callable[[], bool]) -> set[str]:
+        """Which of the nodes with these ids are gone: the others answer, and only our worker there was lost.
+
+        Ray takes its time to know, and would place the next attempt on a node that is no more. One that neither
+        answers nor is given up by Ray within two minutes counts as gone.
+        """
         strategy = self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
         probe = self._ray.remote(num_cpus=0, max_retries=0)(_nothing)
         asked = {node: probe.options(scheduling_strategy=strategy(node, soft=False)).remote() for node in lost}
+        found: set[str] = set()
         end = time.monotonic() + NOTICE_SECONDS
         while asked and time.monotonic() < end and not is_stopped():
-            dead = {node["NodeID"] for node in self._ray.nodes() if not node["Alive"]}
             answered, _ = self._ray.wait([*asked.values()], num_returns=len(asked), timeout=1)
-            asked = {node: answer for node, answer in asked.items() if node not in dead and answer not in answered}
+            # After the answers: those of a node that is gone are errors.
+            found |= {node["NodeID"] for node in self._ray.nodes() if not node["Alive"]} & asked.keys()
+            asked = {node: answer for node, answer in asked.items() if node not in found and answer not in answered}
+        return found | asked.keys()
 
     def take_signals_for(self, job: str) -> None:
         """Let others in the cluster signal this process by the name of its job, for as long as we are connected."""

@@ -49,6 +49,12 @@ def host_environment(environ: Mapping[str, str]) -> dict[str, str]:
     return {name: text for name, text in environ.items() if name != "OMP_NUM_THREADS" and not name.startswith("RAY_")}
 
 
+def reason(error: Exception) -> str:
+    """Kind and last word of one of Ray's errors, whose texts are long."""
+    last = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), "")
+    return f"{type(error).__name__}: {last.split('. ')[0].rstrip('.')}"
+
+
 class Host:
     """Lives in a Ray worker, one on each node; starts and watches that node's ranks.
 
@@ -172,7 +178,7 @@ class RayRanks:
                     events += self._ray.get(question)
                 except self._ray.exceptions.RayError as error:
                     # "Unavailable" is what a dead node looks like at first; it is as lost as one that is called dead.
-                    events += self._lose(node, type(error).__name__)
+                    events += self._lose(node, reason(error))
             elif time.monotonic() - since > ANSWER_SECONDS:
                 del self._asked[node]
                 events += self._lose(node, f"no answer for {ANSWER_SECONDS:.0f} s")
@@ -204,7 +210,7 @@ class RayRanks:
                 raise error.cause if isinstance(error.cause, Exception) else error from None
             except self._ray.exceptions.RayError as error:
                 self._lost.add(node)
-                raise PeerLostError(f"lost {self._names[node]} while starting ({type(error).__name__})") from error
+                raise PeerLostError(f"lost the host {self._names[node]} while starting ({reason(error)})") from error
         return found
 
     def _living(self, node: int) -> set[int]:

@@ -76,7 +76,8 @@ def run_ray(
             ranks = RayRanks(command, group, names, ranks_per_node=ranks_per_node, gpus_per_node=gpus_per_node)
             ending = _attempt(ranks, wanted * ranks_per_node, run.path)
             cluster.release(group)
-            history.append(ended(run, config, ending.code, _asked_by(ending, bool(ranks.lost))))
+            gone = cluster.gone([placed[node][0] for node in ranks.lost], between.is_stopped)
+            history.append(ended(run, config, ending.code, _asked_by(ending, lost_node=bool(gone))))
             decision = decide(history)
             record_end(run, job, history[-1], ending.blamed, decision)
             if isinstance(decision, Done):
@@ -86,7 +87,6 @@ def run_ray(
                     _say(f"giving up: {decision.why}")
                 return decision.exit_code
             _say(f"starting again: {decision.why}")
-            cluster.settle([placed[node][0] for node in ranks.lost], between.is_stopped)
             wanted = max(1, min(nodes, cluster.fitting(bundle)))
 
 
@@ -132,10 +132,10 @@ def _attempt(ranks: RayRanks, world_size: int, run_dir: Path) -> Ending:
         return Ending(PeerLostError.exit_code, "", str(error))
 
 
-def _asked_by(ending: Ending, lost_host: bool) -> Literal["nobody", "scheduler", "person"]:
+def _asked_by(ending: Ending, *, lost_node: bool) -> Literal["nobody", "scheduler", "person"]:
     if ending.asked:
         return "person"
-    return "scheduler" if lost_host and ending.code == PeerLostError.exit_code else "nobody"
+    return "scheduler" if lost_node and ending.code == PeerLostError.exit_code else "nobody"
 
 
 def _stopped_between(run: RunDirectory) -> int:

@@ -78,10 +78,7 @@ class RayCluster:
 
     def start_daemon(self, node: Node) -> None:
         """Start Ray on a node that is on, with a directory of sockets and logs that no other node sees."""
-        local = self.state / "local"
-        local.mkdir(exist_ok=True)
-        mounted = node.run(["mount", "-t", "tmpfs", "-o", "size=1g", "tmpfs", str(local)])
-        assert mounted.returncode == 0, mounted.stderr
+        local = self._local_directory(node)
         own = [f"--node-ip-address={node.address}", f"--num-cpus={self._cpus}", "--num-gpus=0", "--block"]
         own += ["--disable-usage-stats", "--object-store-memory=80000000"]
         if node is self.head:
@@ -96,8 +93,8 @@ class RayCluster:
             )  # fmt: skip
 
     def start_open_cluster(self, node: Node) -> tuple[str, str]:
-        """Start a second cluster, which asks for no token, on a node; returns its address and that of its job API."""
-        home = self.state / "local" / "open"
+        """Start another cluster, which asks for no token, on a node; returns its address and that of its job API."""
+        home = self._local_directory(node)
         start = [f"--node-ip-address={node.address}", "--head", "--port=6400", f"--dashboard-host={node.address}"]
         start += ["--dashboard-port=8300", f"--temp-dir={home}", "--num-cpus=1", "--num-gpus=0"]
         done = node.run(
@@ -145,6 +142,13 @@ class RayCluster:
         for node in self.nodes[1:]:
             self.start_daemon(node)
         self.wait_for_nodes(len(self.nodes))
+
+    def _local_directory(self, node: Node) -> Path:
+        local = self.state / "local"
+        local.mkdir(exist_ok=True)
+        mounted = node.run(["mount", "-t", "tmpfs", "-o", "size=1g", "tmpfs", str(local)])
+        assert mounted.returncode == 0, mounted.stderr
+        return local
 
     def _status(self, api: str) -> str:
         """The HTTP status of a list of jobs, asked for without a token."""

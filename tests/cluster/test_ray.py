@@ -196,6 +196,9 @@ def test_no_token_and_a_wrong_one(run: RayRun, note: Callable[[str], None]) -> N
 
 def test_an_open_cluster_is_refused(run: RayRun, note: Callable[[str], None]) -> None:
     node = run.cluster.nodes[1]
+    # It leaves the cluster that it was part of.
+    node.switch_off()
+    node.switch_on()
     address, api = run.cluster.start_open_cluster(node)
     submit = ("ray", str(run.config), "--address")
     for place, why in ((api, api), (address, address)):
@@ -209,7 +212,6 @@ def test_an_open_cluster_is_refused(run: RayRun, note: Callable[[str], None]) ->
         *STEADFAST, "launch", *submit, address, "--allow-unauthenticated", "train.max_steps=2", on=node, timeout=240
     )
     assert done.returncode == 0, done.stderr
-    # This node has two clusters now: start it afresh.
     node.switch_off()
 
 

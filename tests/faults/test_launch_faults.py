@@ -288,7 +288,7 @@ def test_a_ray_host_that_is_stuck_is_replaced_and_its_ranks_end(start: Callable[
     first = fake_ranks(tmp_path)
     (host,) = {int(Path(f"/proc/{rank}/stat").read_text().rpartition(")")[2].split()[1]) for rank in first}
     os.kill(host, signal.SIGSTOP)
-    launcher.wait_for("lost its host", "starting again: interrupted", "attempt 2: ", seconds=90)
+    launcher.wait_for("lost its host", "starting again: lost a rank; restart 1 of at most 2", "attempt 2: ", seconds=90)
     until(lambda: launcher.text().count("] ready") == 4, "the second attempt runs", 90)
     until(lambda: not first & fake_ranks(tmp_path), "the ranks of the first attempt are gone", 30)
     launcher.process.send_signal(signal.SIGTERM)

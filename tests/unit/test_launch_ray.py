@@ -20,7 +20,7 @@ from launch import command
 from launch.contract import LAUNCHER_PID, VARIABLES
 from launch.places import place_of, reference_of
 from launch.ray import api, place
-from launch.ray.hosts import forwarded, host_environment
+from launch.ray.hosts import forwarded, host_environment, reason
 from launch.ray.run import _asked_by, _require_shared, submission_id
 from launch.ray.submit import RayPlan, job_name, plan_ray
 from launch.supervise import Ending
@@ -233,11 +233,11 @@ def test_the_driver_knows_its_job(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_who_ended_an_attempt() -> None:
-    assert _asked_by(Ending(75, "SIGTERM"), lost_host=False) == "person"
-    assert _asked_by(Ending(69, "SIGTERM"), lost_host=True) == "person"
-    assert _asked_by(Ending(69), lost_host=True) == "scheduler", "a host that is gone is no crash of ours"
-    assert _asked_by(Ending(69), lost_host=False) == "nobody"
-    assert _asked_by(Ending(65), lost_host=True) == "nobody"
+    assert _asked_by(Ending(75, "SIGTERM"), lost_node=False) == "person"
+    assert _asked_by(Ending(69, "SIGTERM"), lost_node=True) == "person"
+    assert _asked_by(Ending(69), lost_node=True) == "scheduler", "a node that is gone is no crash of ours"
+    assert _asked_by(Ending(69), lost_node=False) == "nobody"
+    assert _asked_by(Ending(65), lost_node=True) == "nobody"
 
 
 def test_a_run_directory_of_which_every_node_has_its_own_is_refused() -> None:
@@ -265,6 +265,13 @@ def test_ranks_inherit_their_node_but_not_the_token_of_the_cluster() -> None:
         {"PATH": "/bin", "CUDA_VISIBLE_DEVICES": "0", "RAY_AUTH_TOKEN": "s", "RAY_JOB_ID": "1", "OMP_NUM_THREADS": "1"}
     )
     assert inherited == {"PATH": "/bin", "CUDA_VISIBLE_DEVICES": "0"}
+
+
+def test_the_reason_of_an_error_of_ray_is_one_short_line() -> None:
+    long = "The actor died unexpectedly before finishing this task.\n\tip: 10.0.0.2\n"
+    long += "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail"
+    assert reason(ValueError(long)) == "ValueError: The actor is dead because its worker process has died"
+    assert reason(ValueError("")) == "ValueError: "
 
 
 def test_a_run_on_ray_is_found_again(tmp_path: Path) -> None:
