@@ -150,19 +150,15 @@ def run_job(config_path: Path, overrides: Sequence[str], *, show_traceback: bool
     environ = srun_environment(os.environ, master, allocated.port)
     steadfast = [*python_of_ranks(os.environ), str(ROOT / "steadfast.py")]
     ending = _preflight(srun_command(allocated, os.environ, [*steadfast, "preflight", *words]), environ)
+    ranks = SrunRanks(
+        srun_command(allocated, os.environ, [*steadfast, "launch", "slurm-task", *words]),
+        environ,
+        world_size=allocated.world_size,
+    )
     if ending is None:
-        ending = supervise(
-            SrunRanks(
-                srun_command(allocated, os.environ, [*steadfast, "launch", "slurm-task", *words]),
-                environ,
-                world_size=allocated.world_size,
-            ),
-            world_size=allocated.world_size,
-            run_dir=run.path,
-            deadline=_deadline(known),
-        )
+        ending = supervise(ranks, world_size=allocated.world_size, run_dir=run.path, deadline=_deadline(known))
     saved = run.stopped.exists()
-    attempt = ended(run, config, ending.code, asked_by(ending, saved))
+    attempt = ended(run, config, ending.code, asked_by(ending, saved, ranks.lost_hosts))
     decision = decide([*history, attempt])
     record_end(run, allocated.job, attempt, ending.blamed, decision)
     if isinstance(decision, Done):
@@ -171,16 +167,20 @@ def run_job(config_path: Path, overrides: Sequence[str], *, show_traceback: bool
         if not saved:
             _say(f"giving up: {decision.why}")
         return decision.exit_code
+    if ranks.lost_hosts:
+        _say(f"Slurm requeues the job: {decision.why}")
+        return ending.code
     return _requeue(allocated.job, decision.why, ending.code)
 
 
-def asked_by(ending: Ending, saved: bool) -> Literal["nobody", "scheduler", "person"]:
+def asked_by(ending: Ending, saved: bool, lost_hosts: Sequence[str] = ()) -> Literal["nobody", "scheduler", "person"]:
     """Who asked an attempt to stop.
 
-    `scancel`, with or without our own `launch stop`, reaches the batch step as SIGTERM. When only the tasks were
-    signalled, Slurm is preempting the job in a partition that sends no warning to the batch step.
+    `scancel`, with or without our own `launch stop`, reaches the batch step as SIGTERM, and so does the end of a job
+    that has lost a host. When only the tasks were signalled, Slurm is preempting the job in a partition that sends no
+    warning to the batch step.
     """
-    if ending.asked in ("SIGUSR2", TIME_LIMIT) or (saved and not ending.asked):
+    if lost_hosts or ending.asked in ("SIGUSR2", TIME_LIMIT) or (saved and not ending.asked):
         return "scheduler"
     return "person" if ending.asked else "nobody"
 

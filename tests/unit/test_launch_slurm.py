@@ -132,6 +132,8 @@ def test_who_asked_for_a_stop() -> None:
     assert asked_by(Ending(69), False) == "nobody"
     # Slurm has signalled the tasks alone.
     assert asked_by(Ending(75), True) == "scheduler"
+    # Slurm ends a job that has lost a host, and requeues it by itself.
+    assert asked_by(Ending(69, "SIGTERM"), False, ["node2"]) == "scheduler"
 
 
 def test_lines_of_srun() -> None:
@@ -307,6 +309,7 @@ def test_a_lost_host_is_blamed_before_the_ranks_that_were_ended_with_it(job: Sta
     lines = [
         f'0: {STARTED}{{"host": "node1", "step": "7.0"}}',
         f'1: {STARTED}{{"host": "node2", "step": "7.0"}}',
+        f'0: {ENDED}{{"pid": 7, "status": -15, "when": 1.5, "host": "node1"}}',
         "srun: error: Node failure on node2",
         "srun: error: node1: task 0: Killed",
     ]
