@@ -171,12 +171,33 @@ def test_the_readme_names_real_commands_and_a_valid_configuration():
     assert all(re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE) for target in targets)
 
 
-@pytest.mark.parametrize("name", [[], *[[name] for name in COMMANDS]])
-def test_help_is_quick(name):
-    """--help of any command takes at most half a CPU second: nothing heavy is imported for it."""
-    import resource
+HEAVY = {
+    *(
+        "torch",
+        "deepspeed",
+        "transformers",
+        "tokenizers",
+        "datasets",
+        "ray",
+        "tensorboard",
+        "safetensors",
+        "accelerate",
+    ),
+    *("pyarrow", "pandas", "scipy", "sklearn", "fsspec", "aiohttp", "requests", "fastapi", "uvicorn", "jinja2"),
+}
 
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    steadfast(*name, "--help", cwd=ROOT)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime <= 0.5
+
+@pytest.mark.parametrize("name", [[], *[[name] for name in COMMANDS]])
+def test_help_imports_nothing_heavy(name):
+    """What makes --help answer at once on a busy login node; time itself is not a thing to test on a busy machine."""
+    script = (
+        "import sys\nfrom steadfast import main\n"
+        "try:\n    main(sys.argv[1:])\n"
+        "finally:\n    print('imported:', *sorted({name.partition('.')[0] for name in sys.modules}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *name, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    imported = {*done.stdout.splitlines()[-1].split()}
+    assert {"imported:", "argparse", "steadfast"} <= imported
+    assert not imported & HEAVY

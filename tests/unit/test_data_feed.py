@@ -13,7 +13,7 @@ import pytest
 from tests.support.corpora import alpaca_rows, message_rows, recipe_of, save_tokenizer, tiny_store, write_json_lines
 from trainer.config.deepspeed import micro_batches
 from trainer.data.build.run import build_store
-from trainer.data.feed import Feed, StepBatch, evaluation_batches
+from trainer.data.feed import ROWS_LOOKED_UP_AT_ONCE, Feed, StepBatch, evaluation_batches
 from trainer.data.micro_batch import IGNORED, MicroBatch, make_micro_batch
 from trainer.data.mixture import mixed_order
 from trainer.data.order import BlockOrder, GlobalOrder, Order
@@ -246,6 +246,8 @@ class HugePlan:
         sizes = np.array([min(len(store.document(i)[0]), self.sequence_length) for i in range(store.n_documents)])
         count = store.n_documents
         self.document = Formula(self.n_rows, lambda s: s % count)
+        self.row_offsets = Formula(self.n_rows + 1, lambda s: s)
+        self.row_samples = Formula(self.n_rows, lambda s: s)
         self.start = self.head = Formula(self.n_rows, lambda s: s * 0)
         self.first_target = Formula(self.n_rows, lambda s: s * 0 + 1)
         self.stop = self.tokens = self.supervised = Formula(self.n_rows, lambda s: sizes[s % count])
@@ -286,16 +288,18 @@ def test_errors_come_where_their_step_would_have_come(store: TokenStore) -> None
                 rows[kept:] = plan.n_rows
             return rows
 
-    kept = 12
+    # Rows are looked up for many steps at once.
+    looked_up = ROWS_LOOKED_UP_AT_ONCE // 6 * 6
+    kept = looked_up + 2
     feed = feed_in(store, plan, Broken(plan.n_rows, 1))
-    assert [feed.next_step().position, feed.next_step().position] == [0, 6]
+    assert [feed.next_step().position for _ in range(looked_up // 6)] == [*range(0, looked_up, 6)]
     for _ in range(2):
         with pytest.raises(IndexError):
             feed.next_step()
-    assert feed.state_dict() == {"position": 12}
+    assert feed.state_dict() == {"position": looked_up}
     feed.close()
     kept = 10**9
-    assert feed.next_step().position == 12
+    assert feed.next_step().position == looked_up
     feed.close()
 
 

@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+import torch
 
 from tests.support.corpora import message_rows, tiny_store
-from trainer.data.micro_batch import EMPTY_ROW, IGNORED, make_micro_batch
+from trainer.data.micro_batch import EMPTY_ROW, IGNORED, Assembler, MicroBatch, look_up, make_micro_batch
 from trainer.data.store import TokenStore
 from trainer.data.store.packing import RowPlan
 
@@ -57,6 +58,27 @@ def test_it_is_what_a_simple_assembly_gives(store: TokenStore, spec: dict[str, i
             assert np.array_equal(got, right)
     nothing = make_micro_batch(store, plan, [EMPTY_ROW])
     assert (nothing.targets == IGNORED).all()
+
+
+def test_memory_is_used_again_only_when_nobody_holds_it(store: TokenStore) -> None:
+    plan = store.plan()
+    assembler = Assembler(store, plan)
+    layouts = look_up(store, plan, range(plan.n_rows))
+
+    def make(row: int) -> MicroBatch:
+        return assembler.assemble(layouts[row : row + 1])
+
+    held = make(0)
+    view = make(1).targets[0, 5:]
+    tensor = torch.from_numpy(make(2).input_ids)
+    kept = [held.input_ids.copy(), held.targets.copy(), held.position_ids.copy(), view.copy(), tensor.clone().numpy()]
+    places = {make(row).input_ids.ctypes.data for row in range(plan.n_rows)}
+    for array, before in zip(
+        (held.input_ids, held.targets, held.position_ids, view, tensor.numpy()), kept, strict=True
+    ):
+        assert np.array_equal(array, before)
+    assert len(places) < 4
+    assert not places & {array.ctypes.data for array in (held.input_ids, held.targets, tensor.numpy())}
 
 
 def test_a_document_that_is_not_there_is_an_error(store: TokenStore) -> None:

@@ -171,12 +171,13 @@ def read(store: str, batch_size: int, rows: int, ahead: bool) -> Facts:
     `ahead`: as training reads, in a thread that prepares the next steps; else in the caller, as the others are read.
     """
     from tools.benchmarks.readers import measured_pass
-    from trainer.data.micro_batch import make_micro_batch
+    from trainer.data.feed import ROWS_LOOKED_UP_AT_ONCE
+    from trainer.data.micro_batch import Assembler, look_up
     from trainer.data.order import GlobalOrder
     from trainer.data.store.reader import open_store
 
-    def batches() -> Iterator[tuple[Any, Any]]:
-        import torch
+    def batches() -> Iterator[tuple[Any, ...]]:
+        from torch import from_numpy
 
         opened = open_store(Path(store), verify=False)
         plan = opened.plan()
@@ -184,12 +185,16 @@ def read(store: str, batch_size: int, rows: int, ahead: bool) -> Facts:
             with contextlib.closing(_feed(opened, plan, rows, batch_size)) as feed:
                 for _ in range(rows // batch_size):
                     batch = feed.next_step().micro_batches[0]
-                    yield torch.from_numpy(batch.input_ids), torch.from_numpy(batch.targets)
+                    yield from_numpy(batch.input_ids), from_numpy(batch.targets), from_numpy(batch.position_ids)
             return
         order = GlobalOrder(rows, 1).rows_at(np.arange(rows))
-        for begin in range(0, rows, batch_size):
-            batch = make_micro_batch(opened, plan, order[begin : begin + batch_size])
-            yield torch.from_numpy(batch.input_ids), torch.from_numpy(batch.targets)
+        assembler = Assembler(opened, plan)
+        at_once = batch_size * max(1, ROWS_LOOKED_UP_AT_ONCE // batch_size)
+        for begin in range(0, rows, at_once):
+            layouts = look_up(opened, plan, order[begin : begin + at_once])
+            for first in range(0, len(layouts), batch_size):
+                batch = assembler.assemble(layouts[first : first + batch_size])
+                yield from_numpy(batch.input_ids), from_numpy(batch.targets), from_numpy(batch.position_ids)
 
     return measured_pass(batches)
 

@@ -17,15 +17,18 @@ STORES = ("whole", "packed")
 OURS = "tools.benchmarks.ours:read"
 THEIRS = "tools.benchmarks.readers:read"
 
-# Name, reader, package, goal, ready for training.
+# Name, reader, package, goal, ready for training. The goals are for the forms that the peers' documentation shows.
 PEERS = (
     ("Megatron-style mmap", "megatron", None, 1.0, True),
     ("Megatron-style mmap, ids and mask only", "megatron", None, None, False),
-    ("litdata", "litdata", "litdata", 4.0, True),
-    ("litdata, ids and mask only", "litdata", "litdata", None, False),
-    ("MDS, py1e", "mosaic", "mosaicml-streaming", 25.0, True),
-    ("datasets streaming, shuffle 1000", "datasets", "datasets", 25.0, True),
-    ("webdataset, shuffle 1000", "webdataset", "webdataset", 25.0, True),
+    ("litdata, tensors", "litdata", "litdata", 4.0, True),
+    ("litdata, raw bytes", "litdata-fast", "litdata", None, True),
+    ("MDS py1e, arrays", "mosaic", "mosaicml-streaming", 25.0, True),
+    ("MDS py1e, raw bytes", "mosaic-fast", "mosaicml-streaming", None, True),
+    ("datasets streaming, DataLoader", "datasets", "datasets", 25.0, True),
+    ("datasets streaming, whole batches", "datasets-fast", "datasets", None, True),
+    ("webdataset, arrays", "webdataset", "webdataset", 25.0, True),
+    ("webdataset, raw bytes", "webdataset-fast", "webdataset", None, True),
 )
 
 

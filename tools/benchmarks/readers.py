@@ -1,11 +1,12 @@
 """Other readers of training rows: each written in its own format, read in shuffled order in batches.
 
 All of them hold the same rows: ids (int32, Megatron-style uint16) and a mask (uint8) that says which tokens are
-trained on. With `ready` a batch becomes what training needs, as Steadfast's feed gives it: input ids and targets,
-int64, padding and prompts ignored; without, ids and mask are handed on as they lie in the file.
+trained on. With `ready` a batch becomes what training needs, as Steadfast's feed gives it: input ids, targets (padding
+and prompts ignored) and position ids, all int64; without, ids and mask are handed on as they lie in the file.
 
-Every format gets its fastest form: where a column may be raw bytes, it is (litdata reads them ten times faster than
-torch tensors, the others by a third faster than numpy arrays).
+A format has two forms: "usual" as its documentation shows it, columns of tensors or arrays and a loader that makes
+batches of them; "fast" what a patient user may find, columns of raw bytes (litdata reads them several times faster than
+tensors) or whole batches at a call. Megatron-style files have one.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from importlib.machinery import ModuleSpec
 from itertools import islice
 from pathlib import Path
@@ -28,7 +30,8 @@ SHARD_BYTES = 16 << 20
 IGNORED = -100
 IDS, MASK = "ids.npy", "mask.npy"
 
-Batches = Callable[[], Iterable[tuple[Any, Any]]]
+Stored = Callable[[], Iterable[tuple[Any, Any]]]
+Batches = Callable[[], Iterable[tuple[Any, ...]]]
 
 
 def read(reader: str, directory: str, batch_size: int, ready: bool) -> Facts:
@@ -58,11 +61,11 @@ def measured_pass(batches: Batches) -> Facts:
     import torch
 
     torch.set_num_threads(1)
-    sums = [sum(column) for column in zip(*(_sums(*batch) for batch in batches()), strict=True)]
+    sums = [sum(column) for column in zip(*(_sums(*batch[:2]) for batch in batches()), strict=True)]
     tokens = rows = 0
     first: float | None = None
     with stopwatch() as watch:
-        for ids, _ in batches():
+        for ids, *_ in batches():
             if first is None:
                 first = watch.so_far()
             tokens += ids.numel()
@@ -84,19 +87,26 @@ def _sums(ids: Any, targets: Any) -> tuple[int, int]:
     return int((ids.long() * weights).sum()), int((targets.long().clamp(min=0) * weights).sum())
 
 
-def _ready(batches: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
+def _ready(batches: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any, Any]]:
     import torch
 
     for stored, mask in batches:
         ids = stored.long()
         targets = torch.full_like(ids, IGNORED)
         torch.where(mask[:, 1:].bool(), ids[:, 1:], targets[:, 1:], out=targets[:, :-1])
-        yield ids, targets
+        yield ids, targets, torch.arange(ids.shape[1]).repeat(len(ids), 1)
 
 
 def _as_bytes(ids: NDArray[np.int32], mask: NDArray[np.uint8]) -> Iterator[tuple[bytes, bytes]]:
     for row in range(len(ids)):
         yield ids[row].tobytes(), mask[row].tobytes()
+
+
+def _loaded(dataset: Any, batch_size: int) -> Iterator[tuple[Any, Any]]:
+    """Batches of a data set whose samples are dictionaries of tensors or arrays, by torch's own loader."""
+    from torch.utils.data import DataLoader
+
+    return ((batch["ids"], batch["mask"]) for batch in DataLoader(dataset, batch_size=batch_size))
 
 
 def _batched(samples: Iterable[tuple[bytes, bytes]], batch_size: int) -> Iterator[tuple[Any, Any]]:
@@ -138,7 +148,7 @@ class _MappedRows:
         return np.frombuffer(self._bytes, dtype=self._dtype, count=length, offset=place)
 
 
-def _read_megatron(target: Path, batch_size: int) -> Batches:
+def _read_megatron(target: Path, batch_size: int) -> Stored:
     def batches() -> Iterator[tuple[Any, Any]]:
         import torch
 
@@ -156,22 +166,26 @@ def _read_megatron(target: Path, batch_size: int) -> Batches:
 # --- litdata ---
 
 
-def _write_litdata(target: Path, ids: NDArray[np.int32], mask: NDArray[np.uint8]) -> None:
+def _write_litdata(fast: bool, target: Path, ids: NDArray[np.int32], mask: NDArray[np.uint8]) -> None:
+    import torch
     from litdata.streaming.cache import Cache
 
+    tensors = zip(torch.from_numpy(ids), torch.from_numpy(mask), strict=True)
     cache = Cache(str(target), chunk_bytes=SHARD_BYTES)
-    for row, (one, other) in enumerate(_as_bytes(ids, mask)):
+    for row, (one, other) in enumerate(_as_bytes(ids, mask) if fast else tensors):
         cache[row] = {"ids": one, "mask": other}
     cache.done()
     cache.merge(1)
 
 
-def _read_litdata(target: Path, batch_size: int) -> Batches:
+def _read_litdata(fast: bool, target: Path, batch_size: int) -> Stored:
     def batches() -> Iterator[tuple[Any, Any]]:
-        from litdata import StreamingDataset
+        from litdata import StreamingDataLoader, StreamingDataset
 
         dataset = StreamingDataset(str(target), shuffle=True, seed=1)
-        return _batched(((sample["ids"], sample["mask"]) for sample in dataset), batch_size)
+        if fast:
+            return _batched(((sample["ids"], sample["mask"]) for sample in dataset), batch_size)
+        return ((batch["ids"], batch["mask"]) for batch in StreamingDataLoader(dataset, batch_size=batch_size))
 
     return batches
 
@@ -201,14 +215,14 @@ def _import_streaming() -> Any:
     return streaming
 
 
-def _write_mosaic(target: Path, ids: NDArray[np.int32], mask: NDArray[np.uint8]) -> None:
-    columns = {"ids": "bytes", "mask": "bytes"}
+def _write_mosaic(fast: bool, target: Path, ids: NDArray[np.int32], mask: NDArray[np.uint8]) -> None:
+    columns = {"ids": "bytes" if fast else "ndarray:int32", "mask": "bytes" if fast else "ndarray:uint8"}
     with _import_streaming().MDSWriter(out=str(target), columns=columns, size_limit=SHARD_BYTES) as writer:
-        for one, other in _as_bytes(ids, mask):
+        for one, other in _as_bytes(ids, mask) if fast else zip(ids, mask, strict=True):
             writer.write({"ids": one, "mask": other})
 
 
-def _read_mosaic(target: Path, batch_size: int) -> Batches:
+def _read_mosaic(fast: bool, target: Path, batch_size: int) -> Stored:
     # One object for all passes: it registers itself with the machine's shared memory.
     opened: list[Any] = []
 
@@ -219,7 +233,9 @@ def _read_mosaic(target: Path, batch_size: int) -> Batches:
                     local=str(target), shuffle=True, shuffle_algo="py1e", shuffle_seed=1, batch_size=batch_size
                 )
             )
-        return _batched(((sample["ids"], sample["mask"]) for sample in opened[0]), batch_size)
+        if fast:
+            return _batched(((sample["ids"], sample["mask"]) for sample in opened[0]), batch_size)
+        return _loaded(opened[0], batch_size)
 
     return batches
 
@@ -260,15 +276,16 @@ def _write_datasets(target: Path, ids: NDArray[np.int32], mask: NDArray[np.uint8
         pyarrow.parquet.write_table(pyarrow.table(columns), target / f"rows-{number:03d}.parquet", row_group_size=256)
 
 
-def _read_datasets(target: Path, batch_size: int) -> Batches:
+def _read_datasets(fast: bool, target: Path, batch_size: int) -> Stored:
     def batches() -> Iterator[tuple[Any, Any]]:
         from datasets import load_dataset
 
         files = sorted(map(str, target.glob("*.parquet")))
         dataset = load_dataset("parquet", data_files=files, split="train", streaming=True)
         shuffled = dataset.shuffle(seed=1, buffer_size=SHUFFLE_BUFFER).with_format("torch")
-        for batch in shuffled.iter(batch_size=batch_size):
-            yield batch["ids"], batch["mask"]
+        if fast:
+            return ((batch["ids"], batch["mask"]) for batch in shuffled.iter(batch_size=batch_size))
+        return _loaded(shuffled, batch_size)
 
     return batches
 
@@ -276,36 +293,49 @@ def _read_datasets(target: Path, batch_size: int) -> Batches:
 # --- webdataset ---
 
 
-def _write_webdataset(target: Path, ids: NDArray[np.int32], mask: NDArray[np.uint8]) -> None:
+def _write_webdataset(fast: bool, target: Path, ids: NDArray[np.int32], mask: NDArray[np.uint8]) -> None:
     import webdataset
 
+    end = "bin" if fast else "npy"
     with webdataset.ShardWriter(str(target / "rows-%03d.tar"), maxcount=1024, verbose=0) as writer:
-        for row, (one, other) in enumerate(_as_bytes(ids, mask)):
-            writer.write({"__key__": f"{row:08d}", "ids.bin": one, "mask.bin": other})
+        for row, (one, other) in enumerate(_as_bytes(ids, mask) if fast else zip(ids, mask, strict=True)):
+            writer.write({"__key__": f"{row:08d}", f"ids.{end}": one, f"mask.{end}": other})
 
 
-def _read_webdataset(target: Path, batch_size: int) -> Batches:
+def _read_webdataset(fast: bool, target: Path, batch_size: int) -> Stored:
     def batches() -> Iterator[tuple[Any, Any]]:
+        import torch
         import webdataset
 
         files = sorted(map(str, target.glob("*.tar")))
         dataset = webdataset.WebDataset(files, shardshuffle=len(files), seed=1).shuffle(SHUFFLE_BUFFER)
-        return _batched(((sample["ids.bin"], sample["mask.bin"]) for sample in dataset), batch_size)
+        if fast:
+            return _batched(((sample["ids.bin"], sample["mask.bin"]) for sample in dataset), batch_size)
+        decoded = dataset.decode().to_tuple("ids.npy", "mask.npy").batched(batch_size)
+        return ((torch.as_tensor(ids), torch.as_tensor(mask)) for ids, mask in decoded)
 
     return batches
 
 
 WRITERS: dict[str, Callable[[Path, NDArray[np.int32], NDArray[np.uint8]], None]] = {
     "megatron": _write_megatron,
-    "litdata": _write_litdata,
-    "mosaic": _write_mosaic,
+    "litdata": partial(_write_litdata, False),
+    "litdata-fast": partial(_write_litdata, True),
+    "mosaic": partial(_write_mosaic, False),
+    "mosaic-fast": partial(_write_mosaic, True),
     "datasets": _write_datasets,
-    "webdataset": _write_webdataset,
+    "datasets-fast": _write_datasets,
+    "webdataset": partial(_write_webdataset, False),
+    "webdataset-fast": partial(_write_webdataset, True),
 }
-READERS: dict[str, Callable[[Path, int], Batches]] = {
+READERS: dict[str, Callable[[Path, int], Stored]] = {
     "megatron": _read_megatron,
-    "litdata": _read_litdata,
-    "mosaic": _read_mosaic,
-    "datasets": _read_datasets,
-    "webdataset": _read_webdataset,
+    "litdata": partial(_read_litdata, False),
+    "litdata-fast": partial(_read_litdata, True),
+    "mosaic": partial(_read_mosaic, False),
+    "mosaic-fast": partial(_read_mosaic, True),
+    "datasets": partial(_read_datasets, False),
+    "datasets-fast": partial(_read_datasets, True),
+    "webdataset": partial(_read_webdataset, False),
+    "webdataset-fast": partial(_read_webdataset, True),
 }

@@ -14,14 +14,15 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trainer.config.deepspeed import micro_batches
-from trainer.data.micro_batch import EMPTY_ROW, MicroBatch, make_micro_batch
+from trainer.data.micro_batch import EMPTY_ROW, Assembler, MicroBatch, look_up
 from trainer.data.order import Order
 from trainer.data.store.packing import RowPlan
 from trainer.data.store.reader import TokenStore
@@ -29,6 +30,7 @@ from trainer.errors import DataError
 
 STEPS_AHEAD = 2
 ROWS_ORDERED_AT_ONCE = 1024
+ROWS_LOOKED_UP_AT_ONCE = 256
 CLOSE_SECONDS = 10.0
 
 
@@ -122,25 +124,32 @@ class Feed:
 
     def _steps(self, position: int) -> Iterator[StepBatch]:
         size = self._global_batch_size
-        # The order costs about as much for a thousand positions as for one.
-        count = max(1, ROWS_ORDERED_AT_ONCE // size)
+        assembler = Assembler(self._store, self._plan)
+        # The order costs about as much for a thousand positions as for one, and so does looking up where rows lie. But
+        # that opens their shards, and those of a store at a URL are fetched for one step after the other.
+        ordered = max(1, ROWS_ORDERED_AT_ONCE // size)
+        looked_up = 1 if self._store.is_remote else max(1, ROWS_LOOKED_UP_AT_ONCE // size)
         while True:
-            for rows in self._order.rows_at(np.arange(position, position + count * size)).reshape(count, size):
-                yield self._step(position, rows)
-                position += size
+            steps = self._order.rows_at(np.arange(position, position + ordered * size)).reshape(ordered, size)
+            for begin in range(0, ordered, looked_up):
+                some = steps[begin : begin + looked_up]
+                if self._store.is_remote:
+                    self._expect(position, some[0])
+                dealt = np.stack([_deal(rows, self._micro_batch_size, self._rank, self._world_size) for rows in some])
+                layouts = iter(look_up(self._store, self._plan, dealt.reshape(-1)))
+                for rows, mine in zip(some, dealt, strict=True):
+                    micro_batches = [assembler.assemble([*islice(layouts, len(micro_batch))]) for micro_batch in mine]
+                    yield self._step(position, rows, micro_batches)
+                    position += size
 
-    def _step(self, position: int, rows: NDArray[np.int64]) -> StepBatch:
-        plan = self._plan
-        if self._store.is_remote:
-            self._expect(position, rows)
-        dealt = _deal(rows, self._micro_batch_size, self._rank, self._world_size)
+    def _step(self, position: int, rows: NDArray[np.int64], micro_batches: Sequence[MicroBatch]) -> StepBatch:
         return StepBatch(
             position=position,
             epoch=position // self._order.n_rows,
             rows=rows,
-            supervised_tokens=int(plan.supervised[rows].sum()),
-            tokens=int(plan.tokens[rows].sum()),
-            micro_batches=tuple(make_micro_batch(self._store, plan, mine) for mine in dealt),
+            supervised_tokens=int(self._plan.supervised[rows].sum()),
+            tokens=int(self._plan.tokens[rows].sum()),
+            micro_batches=tuple(micro_batches),
         )
 
     def _expect(self, position: int, rows: NDArray[np.int64]) -> None:
@@ -208,13 +217,14 @@ def evaluation_batches(
     """
     count = min(max_rows, plan.n_rows)
     rows = np.arange(count, dtype=np.int64) * plan.n_rows // max(count, 1)
+    assembler = Assembler(store, plan)
     for mine in _deal(rows, micro_batch_size, rank, world_size):
-        yield make_micro_batch(store, plan, mine)
+        yield assembler.assemble(look_up(store, plan, mine))
 
 
-def _deal(rows: NDArray[np.int64], micro_batch_size: int, rank: int, world_size: int) -> Iterator[NDArray[np.int64]]:
-    """This rank's rows, micro-batch by micro-batch; slots beyond the rows are EMPTY_ROW."""
+def _deal(rows: NDArray[np.int64], micro_batch_size: int, rank: int, world_size: int) -> NDArray[np.int64]:
+    """This rank's rows, [micro-batches, micro-batch size]; slots beyond the rows are EMPTY_ROW."""
     count = micro_batches(len(rows), micro_batch_size, world_size)
     slots = np.full((count, world_size, micro_batch_size), EMPTY_ROW, dtype=np.int64)
     slots.reshape(-1)[: len(rows)] = rows
-    yield from slots[:, rank]
+    return slots[:, rank]

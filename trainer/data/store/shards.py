@@ -49,7 +49,7 @@ def ragged(counts: Sequence[int] | NDArray[Any]) -> NDArray[np.uint64]:
     return np.concatenate([[0], np.cumsum(np.asarray(counts, dtype=np.uint64))]).astype(np.uint64)
 
 
-def take_parts(offsets: NDArray[np.uint64], chosen: NDArray[np.int64]) -> NDArray[np.int64]:
+def take_parts(offsets: NDArray[np.uint64] | NDArray[np.int64], chosen: NDArray[np.int64]) -> NDArray[np.int64]:
     """Indexes, in order, of the elements of the `chosen` parts that `offsets` delimit."""
     starts = offsets[chosen].astype(np.int64)
     sizes = offsets[chosen + 1].astype(np.int64) - starts
