@@ -3,8 +3,8 @@
 srun itself returns the highest exit code of many tasks and knows nothing of who came first; a rank that is killed can
 say nothing at all. So each rank has this process (no torch, some megabytes) as its parent.
 
-SIGUSR2 and SIGTERM ask the rank for an agreed checkpoint: Slurm sends SIGTERM to tasks when it preempts a job. SIGUSR1
-ends the rank at once; the job sends it when another rank has failed.
+SIGUSR2 and SIGTERM ask the rank for an agreed checkpoint: Slurm sends SIGTERM to a step, and there to every process,
+when it preempts a job without a warning. SIGUSR1 ends the rank at once; the job sends it when another rank has failed.
 """
 
 from __future__ import annotations
@@ -81,13 +81,15 @@ def plan_task(command: Sequence[str], environ: Mapping[str, str], *, cores: int,
 
 def run_task(command: Sequence[str]) -> int:
     """Run the rank of this task to its end; returns its exit code, or 128 + the signal that killed it."""
-    # Handlers before the rank is there, and not a mask, which the rank would inherit and then outlive its SIGTERM.
     arrived: list[int] = []
     for number in _SIGNALS:
         signal.signal(number, lambda number, _: arrived.append(number))
     plan = plan_task(command, os.environ, cores=usable_cores(), directory=str(Path.cwd()))
     ranks = HostRanks([plan])
+    # The rank inherits this mask and so never sees the SIGTERM that Slurm sends to every process of a step.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     ranks.start()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     _tell(STARTED, {"host": socket.gethostname(), "step": _step(os.environ)})
     while True:
         while arrived:
@@ -107,7 +109,7 @@ def run_task(command: Sequence[str]) -> int:
 _SIGNALS = {
     signal.SIGUSR2: signal.SIGUSR2,
     signal.SIGTERM: signal.SIGUSR2,
-    signal.SIGUSR1: signal.SIGTERM,
+    signal.SIGUSR1: signal.SIGKILL,
 }
 
 

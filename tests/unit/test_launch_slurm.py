@@ -33,6 +33,7 @@ from launch.slurm.srun import ENDED, STARTED, Remark, SrunRanks, Started, read_l
 from launch.slurm.submit import SCRIPT, plan_slurm
 from launch.slurm.task import plan_task, task_world, tasks_on_nodes
 from launch.supervise import TIME_LIMIT, Ending, supervise
+from tests.support.fake_srun import family
 from trainer.cli import parse
 from trainer.errors import UsageError
 from trainer.run_directory import RunDirectory
@@ -273,8 +274,7 @@ def test_a_refusal_keeps_its_code_although_peers_die_with_higher_ones(job: Stand
     assert ending.blamed.endswith("rows.jsonl:7: bad")
 
 
-def test_peers_of_a_dead_rank_end_on_sigterm_and_need_no_kill(job: StandIn) -> None:
-    """A task that starts its rank with SIGTERM blocked leaves a rank that only SIGKILL ends."""
+def test_peers_of_a_dead_rank_end_although_they_ignore_sigterm(job: StandIn) -> None:
     ending = job.supervise({"0": [["sleep", 60]], "1": [["sleep", 1.0], ["exit", 65]]}, ranks=2)
     assert ending.code == 65
     assert not job.killed.exists()
@@ -287,6 +287,25 @@ def test_a_request_reaches_every_rank_even_while_it_starts(job: StandIn, number:
     ending = job.supervise({"*": [["stop", str(job.run / "stopped.json")]]})
     timer.join()
     assert ending == Ending(75, number.name)
+
+
+def test_sigterm_to_the_tasks_alone_is_a_wish_and_kills_nobody(job: StandIn) -> None:
+    """So Slurm preempts a job in a partition that sends no warning: SIGTERM to the tasks and the ranks."""
+
+    def preempt() -> None:
+        until = time.monotonic() + 20
+        while not (job.run.parent / "tasks").exists() and time.monotonic() < until:
+            time.sleep(0.05)
+        time.sleep(1.5)
+        for pid_of_task in (job.run.parent / "tasks").read_text().split():
+            for pid in family(int(pid_of_task)):
+                os.kill(pid, signal.SIGTERM)
+
+    thread = threading.Thread(target=preempt)
+    thread.start()
+    ending = job.supervise({"*": [["stop", str(job.run / "stopped.json")]]})
+    thread.join()
+    assert ending == Ending(75)
 
 
 def test_ranks_that_hear_nothing_are_killed_at_the_deadline(job: StandIn) -> None:
