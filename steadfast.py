@@ -23,6 +23,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "config": ("trainer.config.command", "check, show and explain a configuration; print its JSON schema"),
     "train": ("launch.train_command", "train: N local processes, or one rank when a launcher started us"),
     "launch": ("launch.command", "start a training run here, with Slurm or on Ray; status, logs, stop"),
+    "doctor": ("launch.doctor", "is this machine fit to train?"),
+    "preflight": ("launch.preflight.command", "are all hosts of a run fit to train it? Run before a long job"),
     "export": ("tools.export", "turn a checkpoint into a safetensors model and prove it"),
     "quantize": ("tools.quantize", "make a smaller model and say what it lost"),
     "eval": ("tools.eval", "exact match of a model's answers on held-out prompts"),

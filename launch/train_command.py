@@ -21,10 +21,11 @@ from typing import NoReturn
 
 from launch import local_place
 from launch.attempts import run_with_restarts, write_reference
-from launch.contract import LAUNCHER_PID, require_resolvable, resolve
+from launch.contract import LAUNCHER_PID, resolve
 from launch.faults import name_of_fault
 from launch.local import launch_local
-from launch.signals import StopRequests
+from launch.rendezvous import MEETING_SECONDS, meet
+from launch.signals import StopRequests, die_with_launcher
 from trainer.cli import report
 from trainer.config.arguments import add_config_arguments
 from trainer.config.deepspeed import check_deepspeed
@@ -33,7 +34,6 @@ from trainer.config.load import load_config
 from trainer.config.schema import Config
 from trainer.durable import write_file
 from trainer.errors import ConfigError, RunLockedError, SteadfastError, UsageError
-from trainer.orphans import die_with_parent
 from trainer.run_directory import RunDirectory
 from trainer.world import World
 
@@ -131,15 +131,15 @@ def _be_a_rank(config: Config, world: World, *, show_traceback: bool) -> int:
     """
     if os.environ.get(LAUNCHER_PID):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        if (reason := die_with_parent(int(os.environ[LAUNCHER_PID]))) is not None and world.is_first:
-            sys.stderr.write(f"warning: {reason}\n")
+    if (reason := die_with_launcher(os.environ)) is not None and world.is_first:
+        sys.stderr.write(f"warning: {reason}\n")
     stop_requests = StopRequests()
     stop_requests.install()
     try:
-        require_resolvable(world.master_address)
+        listener = meet(world, os.environ, min(MEETING_SECONDS, config.engine.timeout_seconds))
         from trainer.assemble import train
 
-        train(config, world, stop_requests)
+        train(config, world, stop_requests, listener)
     except BaseException as error:
         _leave(_say_what_failed(error, config, world, show_traceback=show_traceback))
     _leave(0)

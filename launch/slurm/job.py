@@ -39,7 +39,7 @@ from trainer.run_directory import RunDirectory
 
 LAST_SECONDS = 30.0
 FIRST_PORT, PORTS = 20_000, 12_000
-PREFLIGHT = "launch.preflight_command"
+PREFLIGHT = "launch.preflight.command"
 """Module of `steadfast preflight CONFIG`, which runs once a rank before the ranks, when it is there."""
 
 

@@ -7,15 +7,17 @@ import errno
 import json
 import re
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from launch import command, train_command
-from launch.contract import LAUNCHER_PID, VARIABLES, rank_environment, require_resolvable, resolve
+from launch import command, rendezvous, train_command
+from launch.contract import LAUNCHER_PID, VARIABLES, rank_environment, resolve
 from launch.faults import name_of_fault
 from launch.processes import Ended, Output, plan_ranks
 from launch.ray import forwarded
+from launch.rendezvous import resolve_address
 from launch.supervise import MEANINGS, Ending, Screen, blame, describe, exit_code
 from launch.train_command import rank_command, require_gpus
 from trainer import errors
@@ -24,7 +26,7 @@ from trainer.config import device as config_device
 from trainer.config.device import guess_device, visible_gpus
 from trainer.errors import CannotWriteError, ConfigError, DataError, PeerLostError, SteadfastError, UsageError
 from trainer.run_directory import RunDirectory
-from trainer.world import World
+from trainer.world import World, opens_store
 
 WORLD = World(rank=3, world_size=8, local_rank=1, local_world_size=2, master_address="node7", master_port=2345)
 
@@ -67,16 +69,41 @@ def test_nonsense_in_the_environment_is_refused(name: str, text: str, fragment: 
     assert fragment in str(caught.value)
 
 
+STEP = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}
+
+
+def test_several_tasks_of_srun_without_the_contract_are_refused() -> None:
+    with pytest.raises(UsageError, match=r"srun started 2 tasks, but none of RANK, .*sbatch slurm/sft.sh CONFIG"):
+        resolve(STEP)
+    with pytest.raises(UsageError, match=r"not WORLD_SIZE.*srun sets none of them: .*sbatch slurm/sft.sh"):
+        resolve(STEP | {"RANK": "1"})
+    assert resolve(STEP | rank_environment(WORLD)) == WORLD
+    # One task of srun, a batch script and a shell of salloc may train alone.
+    for alone in ({"SLURM_STEP_NUM_TASKS": "1"}, {"SLURM_STEP_NUM_TASKS": ""}):
+        assert resolve(STEP | alone) is None
+    for name in ("SLURM_STEP_ID", "SLURM_PROCID"):
+        assert resolve({key: text for key, text in STEP.items() if key != name}) is None
+
+
+def test_torchruns_agent_serves_the_store_itself() -> None:
+    first = replace(WORLD, rank=0)
+    assert opens_store(first, {})
+    assert not opens_store(WORLD, {})
+    assert not opens_store(first, {"TORCHELASTIC_USE_AGENT_STORE": "True"})
+    assert opens_store(first, {"TORCHELASTIC_USE_AGENT_STORE": "False"})
+
+
 def test_an_unknown_host_is_named_before_torch_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
-    def unknown(host: str, port: object) -> None:
+    def unknown(host: str, port: object, **_: object) -> None:
         asked.append(host)
         raise socket.gaierror(-2, "Name or service not known")
 
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    monkeypatch.setattr(rendezvous, "_RESOLVE_PAUSE_SECONDS", 0.0)
     with pytest.raises(PeerLostError, match=r"MASTER_ADDR=nope\.invalid"):
-        require_resolvable("nope.invalid", pause_seconds=0)
+        resolve_address("nope.invalid")
     assert asked == ["nope.invalid"] * 3
 
 
