@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import socket
 import sys
@@ -20,51 +19,23 @@ import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from launch.contract import LAUNCHER_PID, NUMBERS, rank_environment
+from launch.contract import LAUNCHER_PID, NUMBERS, rank_environment, world_of_step
 from launch.processes import Ended, HostRanks, RankProcess, usable_cores
 from launch.slurm.srun import ENDED, STARTED
 from trainer.errors import UsageError
-from trainer.world import World
 
 # What a rank shall have unless the site says otherwise.
 DEFAULTS = {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1", "NCCL_DEBUG": "WARN"}
-_NEEDED = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_STEP_TASKS_PER_NODE")
-
-
-def task_world(environ: Mapping[str, str]) -> World:
-    """The place of this task's rank, from the variables that srun sets for each task and the job for all of them.
-
-    Raises UsageError outside of a task of srun.
-    """
-    if missing := [name for name in (*_NEEDED, "MASTER_ADDR", "MASTER_PORT") if not environ.get(name)]:
-        raise UsageError(
-            f"this is no task of a Steadfast job in Slurm: {', '.join(missing)} not set",
-            "submit one: sbatch slurm/sft.sh CONFIG",
-        )
-    return World(
-        rank=int(environ["SLURM_PROCID"]),
-        world_size=int(environ["SLURM_STEP_NUM_TASKS"]),
-        local_rank=int(environ["SLURM_LOCALID"]),
-        local_world_size=tasks_on_nodes(environ["SLURM_STEP_TASKS_PER_NODE"])[int(environ["SLURM_NODEID"])],
-        master_address=environ["MASTER_ADDR"],
-        master_port=int(environ["MASTER_PORT"]),
-    )
-
-
-def tasks_on_nodes(text: str) -> list[int]:
-    """Tasks of each node, from Slurm's short form: `2(x3),1` is 2, 2, 2, 1."""
-    counts = []
-    for part in text.split(","):
-        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
-        if match is None:
-            raise UsageError(f"cannot read tasks per node {text!r} of Slurm")
-        counts += [int(match[1])] * int(match[2] or 1)
-    return counts
 
 
 def plan_task(command: Sequence[str], environ: Mapping[str, str], *, cores: int, directory: str) -> RankProcess:
-    """What to start for this task. Pure but for the process id of the launcher: ours."""
-    world = task_world(environ)
+    """What to start for this task. Pure but for the process id of the launcher: ours.
+
+    Raises UsageError outside of a task of a Steadfast job.
+    """
+    world = world_of_step(environ)
+    if world is None:
+        raise UsageError("this is no task of a Steadfast job in Slurm", "submit one: sbatch slurm/sft.sh CONFIG")
     # srun gives every task cores of its own, where Slurm binds; where it does not, the ranks of a node share them.
     mine = int(environ.get("SLURM_CPUS_PER_TASK") or max(1, cores // world.local_world_size))
     shared = {

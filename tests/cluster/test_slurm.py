@@ -32,9 +32,9 @@ def finished(run: Run) -> dict[str, str]:
 
 def test_a_fresh_run(slurm: SlurmCluster, runs: Runs, note: Note) -> None:
     run = runs.new("fresh")
-    run.submit()
+    run.submit(SFT_PREFLIGHT="1")
     run.wait_for_step(20)
-    note("2 nodes, ZeRO-2; step 20 committed")
+    note("2 nodes, ZeRO-2, with preflight; step 20 committed")
     finished(run)
     assert losses(run.path) == runs.expected()
     note("300 steps; every loss equal to the local run")

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from launch import command, places
-from launch.contract import VARIABLES, resolve
+from launch.contract import VARIABLES, resolve, world_of_step
 from launch.processes import Ended, Output
 from launch.slurm import task
 from launch.slurm.job import (
@@ -31,7 +31,7 @@ from launch.slurm.job import (
 )
 from launch.slurm.srun import ENDED, STARTED, Remark, SrunRanks, Started, read_line
 from launch.slurm.submit import SCRIPT, plan_slurm
-from launch.slurm.task import plan_task, task_world, tasks_on_nodes
+from launch.slurm.task import plan_task
 from launch.supervise import TIME_LIMIT, Ending, supervise
 from tests.support.fake_srun import family
 from trainer.cli import parse
@@ -51,31 +51,25 @@ JOB = {"SLURM_JOB_ID": "1000", "SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS_PER_NOD
 
 
 def test_a_task_knows_its_place() -> None:
-    world = task_world(TASK)
+    world = world_of_step(TASK)
+    assert world is not None
     assert (world.rank, world.world_size, world.local_rank, world.local_world_size) == (5, 7, 1, 2)
     assert (world.master_address, world.master_port) == ("node1", 20007)
-    assert task_world(TASK | {"SLURM_PROCID": "6", "SLURM_LOCALID": "0", "SLURM_NODEID": "3"}).local_world_size == 1
+    last = world_of_step(TASK | {"SLURM_PROCID": "6", "SLURM_LOCALID": "0", "SLURM_NODEID": "3"})
+    assert last is not None
+    assert last.local_world_size == 1
 
 
-@pytest.mark.parametrize("missing", TASK.keys() - {"SLURM_JOB_ID", "SLURM_STEP_ID"})
-def test_outside_of_a_task_the_missing_variable_is_named(missing: str) -> None:
-    with pytest.raises(UsageError, match=missing):
-        task_world({name: text for name, text in TASK.items() if name != missing})
-
-
-def test_tasks_of_nodes() -> None:
-    assert tasks_on_nodes("8(x2)") == [8, 8]
-    assert tasks_on_nodes("1") == [1]
-    assert tasks_on_nodes("2(x3),1,4(x2)") == [2, 2, 2, 1, 4, 4]
-    with pytest.raises(UsageError):
-        tasks_on_nodes("many")
+def test_outside_of_a_task_no_rank_is_started() -> None:
+    with pytest.raises(UsageError, match=r"sbatch slurm/sft\.sh"):
+        plan_task(["train"], {"MASTER_ADDR": "node1", "MASTER_PORT": "1"}, cores=1, directory="/")
 
 
 def test_a_rank_gets_six_variables_and_a_compiler_cache_of_its_node() -> None:
     half_set = {"RANK": "0", "WORLD_SIZE": "99"}
     plan = plan_task(["train"], TASK | half_set | {"NCCL_DEBUG": "INFO"}, cores=8, directory="/d")
     world = resolve(plan.environment)
-    assert world == task_world(TASK)
+    assert world == world_of_step(TASK)
     assert set(VARIABLES) <= plan.environment.keys()
     assert plan.environment["NCCL_DEBUG"] == "INFO"
     assert plan.environment["OMP_NUM_THREADS"] == "4"
