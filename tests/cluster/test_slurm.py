@@ -32,9 +32,9 @@ def finished(run: Run) -> dict[str, str]:
 
 def test_a_fresh_run(slurm: SlurmCluster, runs: Runs, note: Note) -> None:
     run = runs.new("fresh")
-    run.submit()
+    run.submit(SFT_PREFLIGHT="1")
     run.wait_for_step(20)
-    note("2 nodes, ZeRO-2; step 20 committed")
+    note("2 nodes, ZeRO-2, with preflight; step 20 committed")
     finished(run)
     assert losses(run.path) == runs.expected()
     note("300 steps; every loss equal to the local run")
@@ -70,6 +70,36 @@ def test_a_job_with_priority_takes_the_nodes(slurm: SlurmCluster, runs: Runs, no
     assert [event["step"] for event in run.events("resume")] == [stopped["step"]]
     assert losses(run.path) == runs.expected()
     note(f"saved at step {stopped['step']}, resumed there; every loss equal")
+
+
+def test_a_preemption_without_a_warning_saves_too(slurm: SlurmCluster, runs: Runs, note: Note) -> None:
+    """Where Slurm does not warn the batch step, it sends SIGTERM to every process of the step."""
+    run = runs.new("terminated")
+    job = run.submit()
+    run.wait_for_step(40)
+    slurm.run("scancel", "--signal=TERM", job)
+    run.wait_for("PENDING", "FAILED")
+    (stopped,) = run.events("stop")
+    assert finished(run)["Restarts"] == "1"
+    assert [event["step"] for event in run.events("resume")] == [stopped["step"]]
+    assert losses(run.path) == runs.expected()
+    note(f"saved at step {stopped['step']}, resumed there; every loss equal")
+
+
+def test_what_is_too_slow_to_save_is_requeued_before_the_time_limit(
+    slurm: SlurmCluster, runs: Runs, note: Note
+) -> None:
+    """A stopped rank stands for a save that takes too long: Slurm would end the job for good at its limit."""
+    run = runs.new("late")
+    job = run.submit("--time=2", "--signal=B:USR2@60")
+    run.wait_for_step(20, seconds=100)
+    os.kill(rank_processes(run)[1], signal.SIGSTOP)
+    run.wait_for("PENDING", "TIMEOUT", "FAILED", seconds=120)
+    (end,) = run.events("end")
+    assert (end["asked_by"], end["decision"]) == ("scheduler", "requeue"), run.output()
+    assert "the time limit is near" in end["blamed"]
+    slurm.run("scancel", job)
+    note("killed half a minute before the limit, requeued")
 
 
 def test_a_killed_rank_is_named_and_the_job_requeued(slurm: SlurmCluster, runs: Runs, note: Note) -> None:
