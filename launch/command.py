@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -203,7 +204,7 @@ def _submit(arguments: argparse.Namespace, config: Config, nodes: int, ranks: in
     )
     if arguments.dry_run:
         if arguments.json:
-            print(json.dumps({"place": "slurm", "command": plan.command, "environment": plan.environment}, indent=2))
+            print(json.dumps({"place": "slurm", **asdict(plan)}, indent=2))
         else:
             print("\n".join(plan.lines()))
         return 0

@@ -17,7 +17,7 @@ from tests.support.training import losses, settings
 from trainer.checkpoint.verify import committed_steps
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 300
+STEPS = 200
 START_SECONDS = 240
 """Most seconds from the submission to the first commit, on a machine that has other things to do."""
 

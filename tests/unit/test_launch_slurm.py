@@ -158,6 +158,8 @@ def test_the_plan_of_a_submission_is_the_command_and_the_script(
         "sbatch", "--job-name=mine", "--nodes=2", "--ntasks-per-node=8", "--gpus-per-node=8", "--partition=gpu",
         str(SCRIPT), "c.yaml", "run.seed=1",
     ]  # fmt: skip
+    assert plan.srun[:3] == ["srun", "--nodes=2", "--ntasks=16"]
+    assert plan.srun[-3:] == ["slurm-task", "c.yaml", "run.seed=1"]
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", "")
