@@ -25,6 +25,7 @@ def drill(capsys, tmp_path, store, faults, count, seed):
     return answer["faults"]
 
 
+@pytest.mark.timeout(900)
 def test_five_kills_of_ranks_and_launcher_end_with_equal_weights(capsys, tmp_path, store):
     """The seed is one whose five kills hit a rank, all ranks and the launcher."""
     seed = 4
