@@ -166,6 +166,9 @@ def describe(ended: Ended, world_size: int, last_words: str, report: Path | None
     remedies = []
     if ended.note:
         how = ended.note
+        if not last_words.startswith("error: "):
+            # Its end came from outside: what it happened to say before explains nothing.
+            last_words = ""
     elif ended.status < 0:
         how = f"was killed by {_signal_name(-ended.status)} (pid {ended.pid}) at {_clock(ended.when)}"
         with contextlib.suppress(ValueError, KeyError):
