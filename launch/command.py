@@ -18,10 +18,11 @@ from typing import Any
 
 from launch.contract import LAUNCHER_PID, VARIABLES, resolve
 from launch.local import launch_local, plan_local
-from launch.train_command import checked_config, rank_command, require_gpus
+from launch.train_command import add_resume_argument, checked_config, rank_command, require_gpus
 from trainer.config.arguments import add_config_arguments
 from trainer.config.deepspeed import accumulation_steps
 from trainer.config.device import guess_device
+from trainer.config.resume_law import check_allowed
 from trainer.config.schema import Config
 from trainer.errors import UsageError
 
@@ -38,6 +39,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         place.add_argument("--ranks-per-node", type=int, metavar="K", help="ranks on a node (default: one a GPU, or 1)")
         place.add_argument("--dry-run", action="store_true", help="print the plan and start nothing")
         place.add_argument("--json", action="store_true", help="with --dry-run: print the plan as JSON")
+        add_resume_argument(place)
     ray.add_argument("--address", metavar="ADDRESS", help="Ray cluster, e.g. auto or HOST:6379 (default: a local one)")
 
 
@@ -58,7 +60,8 @@ def run(arguments: argparse.Namespace) -> int:
         require_gpus("--ranks-per-node", ranks, os.environ)
     device = "cuda" if gpus else guess_device(os.environ) if arguments.place == "local" else "cpu"
     config = checked_config(arguments.config, arguments.overrides, nodes * ranks, device)
-    command = rank_command(arguments.config, arguments.overrides, show_traceback=arguments.traceback)
+    allow_changes = check_allowed(arguments.allow_change)
+    command = rank_command(arguments.config, arguments.overrides, allow_changes, show_traceback=arguments.traceback)
     if arguments.dry_run:
         _show(_plan(arguments, config, command, nodes, ranks), as_json=arguments.json)
         return 0

@@ -28,6 +28,7 @@ from trainer.config.arguments import add_config_arguments
 from trainer.config.deepspeed import check_deepspeed
 from trainer.config.device import Device, device_warnings, guess_device, visible_gpus
 from trainer.config.load import load_config
+from trainer.config.resume_law import check_allowed
 from trainer.config.schema import Config
 from trainer.durable import write_file
 from trainer.errors import ConfigError, RunLockedError, SteadfastError, UsageError
@@ -42,17 +43,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Declare `train CONFIG [section.key=value ...] [--nproc N]`."""
     add_config_arguments(parser)
     parser.add_argument("--nproc", type=int, metavar="N", help="ranks to start on this machine (1 when not given)")
+    add_resume_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Be one rank when a launcher started us, else start ranks on this machine; returns the exit code."""
     world = resolve(os.environ)
+    allow_changes = check_allowed(arguments.allow_change)
     if world is None:
         processes = 1 if arguments.nproc is None else arguments.nproc
         require_gpus("--nproc", processes, os.environ)
         config = checked_config(arguments.config, arguments.overrides, processes, guess_device(os.environ))
         return launch_local(
-            rank_command(arguments.config, arguments.overrides, show_traceback=arguments.traceback),
+            rank_command(arguments.config, arguments.overrides, allow_changes, show_traceback=arguments.traceback),
             processes=processes,
             environ=os.environ,
             run_dir=Path(config.run.dir),
@@ -66,7 +69,19 @@ def run(arguments: argparse.Namespace) -> int:
     if world.is_first and LAUNCHER_PID not in os.environ:
         # Our launchers have said it already.
         _warn(config, guess_device(os.environ))
-    return _be_a_rank(config, world, show_traceback=arguments.traceback)
+    return _be_a_rank(config, world, allow_changes, show_traceback=arguments.traceback)
+
+
+def add_resume_argument(parser: argparse.ArgumentParser) -> None:
+    """Give `parser` the option `allow_change` (a list of texts)."""
+    parser.add_argument(
+        "--allow-change",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="resume although KEY differs from the checkpoint's (`config explain KEY` says what a change means); it "
+        "is recorded; may be given several times",
+    )
 
 
 def checked_config(path: Path, overrides: Sequence[str], ranks: int, device: Device) -> Config:
@@ -92,9 +107,12 @@ def require_gpus(option: str, ranks: int, environ: Mapping[str, str]) -> None:
         )
 
 
-def rank_command(config: Path, overrides: Sequence[str], *, show_traceback: bool) -> list[str]:
+def rank_command(
+    config: Path, overrides: Sequence[str], allow_changes: Sequence[str] = (), *, show_traceback: bool
+) -> list[str]:
     """The command of every rank: this checkout's steadfast.py with this Python, however we were started."""
     words = [sys.executable, str(ROOT / "steadfast.py"), "train", str(config), *overrides]
+    words += [f"--allow-change={key}" for key in allow_changes]
     return [*words, "--traceback"] if show_traceback else words
 
 
@@ -103,7 +121,7 @@ def _warn(config: Config, device: Device) -> None:
         sys.stderr.write(f"{warning}\n")
 
 
-def _be_a_rank(config: Config, world: World, *, show_traceback: bool) -> int:
+def _be_a_rank(config: Config, world: World, allow_changes: Sequence[str], *, show_traceback: bool) -> int:
     """Train as one rank and end the process with its exit code.
 
     The launcher (if ours) decides what Ctrl-C means, and takes us along when it dies.
@@ -118,7 +136,7 @@ def _be_a_rank(config: Config, world: World, *, show_traceback: bool) -> int:
         require_resolvable(world.master_address)
         from trainer.assemble import train
 
-        train(config, world, stop_requests)
+        train(config, world, stop_requests, allow_changes)
     except BaseException as error:
         _leave(_say_what_failed(error, config, world, show_traceback=show_traceback))
     _leave(0)

@@ -8,10 +8,12 @@ from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from socket import gethostname
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from trainer.checkpoint.verify import read_manifest, step_directory
 from trainer.config.deepspeed import accumulation_steps, compile_deepspeed
 from trainer.config.load import config_as_yaml
+from trainer.config.resume_law import identity_differences
 from trainer.config.schema import Config
 from trainer.data.feed import Feed, evaluation_batches
 from trainer.data.store import TokenStore, open_store
@@ -40,9 +42,14 @@ from trainer.run_directory import RunDirectory
 from trainer.state import TrainState
 from trainer.world import World
 
+if TYPE_CHECKING:
+    from trainer.checkpoint.resume import Checkpointer
 
-def train(config: Config, world: World, stop: StopFlag) -> None:
+
+def train(config: Config, world: World, stop: StopFlag, allow_changes: Sequence[str] = ()) -> None:
     """Run one rank of a training run to its end, or to a requested stop. All ranks call this with the same config.
+
+    `allow_changes` names what may differ from the checkpoint although it is part of the run's identity.
 
     Returns normally when the run is complete or stopped on request after a commit (rank 0 then leaves the marker
     stopped.json). Raises a SteadfastError otherwise; after an exception no further collective may run.
@@ -53,14 +60,21 @@ def train(config: Config, world: World, stop: StopFlag) -> None:
     run = RunDirectory(Path(config.run.dir))
     lock = run.lock() if world.is_first else None
     collectives.join(world, devices.communication_backend(kind), config.engine.timeout_seconds)
-    train_joined(config, world, stop, run, kind)
+    train_joined(config, world, stop, run, kind, allow_changes)
     # All ranks end together, after rank 0 has closed the record. The process group is left standing: the process ends.
     collectives.barrier()
     if lock is not None:
         lock.close()
 
 
-def train_joined(config: Config, world: World, stop: StopFlag, run: RunDirectory, kind: devices.DeviceType) -> None:
+def train_joined(
+    config: Config,
+    world: World,
+    stop: StopFlag,
+    run: RunDirectory,
+    kind: devices.DeviceType,
+    allow_changes: Sequence[str] = (),
+) -> None:
     """The same, inside a process group that exists already and outlives the run; rank 0 holds the run's lock."""
     from trainer import collectives
     from trainer.checkpoint.resume import Checkpointer
@@ -121,12 +135,13 @@ def train_joined(config: Config, world: World, stop: StopFlag, run: RunDirectory
         probe=probe_prompts(store, rows.sequence_length),
         seed=config.run.seed,
         keep=config.checkpoint.keep,
+        allow_changes=allow_changes,
     )
     restored = checkpointer.restore()
     state = restored or TrainState()
     if world.is_first:
         # Only now: a start that was refused leaves the record of the run as it was.
-        changes = changed_settings(config, run) if restored else []
+        changes = [*_allowed(checkpointer, restored), *changed_settings(config, run)] if restored else []
         write_file(run.config, config_as_yaml(config))
         write_file(run.plan, json.dumps(plan.as_json(), indent=1) + "\n")
         collect_model_files(config, store, run)
@@ -153,6 +168,13 @@ def train_joined(config: Config, world: World, stop: StopFlag, run: RunDirectory
     engine.close()
     if cache is not None:
         cache.close()
+
+
+def _allowed(checkpointer: Checkpointer, restored: TrainState) -> list[str]:
+    """What of the run's identity differs from the restored checkpoint, by permission."""
+    saved = read_manifest(step_directory(checkpointer.directory, restored.step)).identity
+    differences = identity_differences(saved, checkpointer.identity)
+    return [f"{change} (--allow-change {key})" for key, change in differences.items()]
 
 
 def refuse_shared_devices(ranks: Sequence[dict[str, str]]) -> None:
