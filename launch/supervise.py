@@ -18,7 +18,8 @@ from typing import Protocol
 
 from launch.processes import Ended, Event, Output
 from trainer import errors
-from trainer.errors import PeerLostError, SteadfastError, StoppedOnRequest
+from trainer.cli import report
+from trainer.errors import PeerLostError, RunLockedError, SteadfastError, StoppedOnRequest
 from trainer.run_directory import RunDirectory
 
 GRACE_SECONDS = 10.0
@@ -70,6 +71,11 @@ def supervise(
     Call it from the main thread: SIGINT, SIGTERM and SIGUSR2 are handled here.
     """
     run = RunDirectory(run_dir)
+    try:
+        run.refuse_second_start()
+    except RunLockedError as error:
+        report(error)
+        return error.exit_code
     run.clear_error_reports()
     started = time.time()
     screen = Screen(world_size)
@@ -108,8 +114,8 @@ def supervise(
         finally:
             ranks.close()
     if culprit is not None:
-        report = run.error_report(culprit.rank)
-        fresh = report if _changed_since(report, started) else None
+        kept = run.error_report(culprit.rank)
+        fresh = kept if _changed_since(kept, started) else None
         if (sentence := describe(culprit, world_size, screen.last_words(culprit.rank), fresh)) is not None:
             screen.say(f"error: {sentence}")
         return exit_code(culprit)

@@ -132,13 +132,19 @@ def _be_a_rank(config: Config, world: World, allow_changes: Sequence[str], *, sh
             sys.stderr.write(f"warning: {reason}\n")
     stop_requests = StopRequests()
     stop_requests.install()
+    lock = None
     try:
+        # Before anything slow is imported: a second start shall not wait for torch to be refused.
+        lock = RunDirectory(Path(config.run.dir)).lock() if world.is_first else None
         require_resolvable(world.master_address)
         from trainer.assemble import train
 
-        train(config, world, stop_requests, allow_changes)
+        train(config, world, stop_requests, allow_changes, lock)
     except BaseException as error:
-        _leave(_say_what_failed(error, config, world, show_traceback=show_traceback))
+        code = _say_what_failed(error, config, world, show_traceback=show_traceback)
+        if lock is not None:
+            lock.close()
+        _leave(code)
     _leave(0)
 
 

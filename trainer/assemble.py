@@ -39,6 +39,7 @@ from trainer.prepare import (
     source_epochs,
 )
 from trainer.run_directory import RunDirectory
+from trainer.run_lock import RunLock
 from trainer.state import TrainState
 from trainer.world import World
 
@@ -46,10 +47,13 @@ if TYPE_CHECKING:
     from trainer.checkpoint.resume import Checkpointer
 
 
-def train(config: Config, world: World, stop: StopFlag, allow_changes: Sequence[str] = ()) -> None:
+def train(
+    config: Config, world: World, stop: StopFlag, allow_changes: Sequence[str] = (), lock: RunLock | None = None
+) -> None:
     """Run one rank of a training run to its end, or to a requested stop. All ranks call this with the same config.
 
-    `allow_changes` names what may differ from the checkpoint although it is part of the run's identity.
+    `allow_changes` names what may differ from the checkpoint although it is part of the run's identity. Rank 0 brings
+    the run directory's `lock`, which is released at the end.
 
     Returns normally when the run is complete or stopped on request after a commit (rank 0 then leaves the marker
     stopped.json). Raises a SteadfastError otherwise; after an exception no further collective may run.
@@ -58,9 +62,8 @@ def train(config: Config, world: World, stop: StopFlag, allow_changes: Sequence[
     from trainer import collectives
 
     run = RunDirectory(Path(config.run.dir))
-    lock = run.lock() if world.is_first else None
     collectives.join(world, devices.communication_backend(kind), config.engine.timeout_seconds)
-    train_joined(config, world, stop, run, kind, allow_changes)
+    train_joined(config, world, stop, run, kind, allow_changes, lock)
     # All ranks end together, after rank 0 has closed the record. The process group is left standing: the process ends.
     collectives.barrier()
     if lock is not None:
@@ -74,6 +77,7 @@ def train_joined(
     run: RunDirectory,
     kind: devices.DeviceType,
     allow_changes: Sequence[str] = (),
+    lock: RunLock | None = None,
 ) -> None:
     """The same, inside a process group that exists already and outlives the run; rank 0 holds the run's lock."""
     from trainer import collectives
@@ -135,6 +139,7 @@ def train_joined(
         probe=probe_prompts(store, rows.sequence_length),
         seed=config.run.seed,
         keep=config.checkpoint.keep,
+        on_phase=lambda phase: lock.check() if lock is not None and phase in ("open", "rename") else None,
         allow_changes=allow_changes,
     )
     restored = checkpointer.restore()
