@@ -303,8 +303,11 @@ def test_more_ranks_than_visible_gpus_are_refused(tmp_path: Path, monkeypatch: p
 
 
 def test_traceback_reaches_the_ranks_by_the_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "--traceback" not in rank_command(Path("x.yaml"), ["a.b=1"], show_traceback=False, allow_change=[])
+    assert "--traceback" not in rank_command(Path("x.yaml"), ["a.b=1"], show_traceback=False)
     assert rank_command(Path("x.yaml"), ["a.b=1"], show_traceback=True)[-3:] == ["x.yaml", "a.b=1", "--traceback"]
+    assert rank_command(Path("x.yaml"), [], ["data", "run.seed"], show_traceback=False)[-3:] == [
+        "x.yaml", "--allow-change=data", "--allow-change=run.seed",
+    ]  # fmt: skip
     seen: list[argparse.Namespace] = []
     monkeypatch.setattr(train_command, "run", lambda arguments: seen.append(arguments) or 0)
     for words in (["train", "x.yaml"], ["train", "--traceback", "x.yaml"]):
