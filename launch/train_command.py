@@ -30,9 +30,10 @@ from trainer.config.device import Device, device_warnings, guess_device, visible
 from trainer.config.load import load_config
 from trainer.config.resume_law import check_allowed
 from trainer.config.schema import Config
-from trainer.durable import write_file
+from trainer.durable import make_directory, write_file
 from trainer.errors import ConfigError, RunLockedError, SteadfastError, UsageError
 from trainer.orphans import die_with_parent
+from trainer.redact import redact
 from trainer.run_directory import RunDirectory
 from trainer.world import World
 
@@ -135,7 +136,11 @@ def _be_a_rank(config: Config, world: World, allow_changes: Sequence[str], *, sh
     lock = None
     try:
         # Before anything slow is imported: a second start shall not wait for torch to be refused.
-        lock = RunDirectory(Path(config.run.dir)).lock() if world.is_first else None
+        run = RunDirectory(Path(config.run.dir))
+        if world.is_first:
+            make_directory(run.path)
+        run.keep_private(share_with_group=config.run.share_with_group)
+        lock = run.lock() if world.is_first else None
         require_resolvable(world.master_address)
         from trainer.assemble import train
 
@@ -171,7 +176,7 @@ def _say_what_failed(error: BaseException, config: Config, world: World, *, show
         # A run directory that another run holds is not ours to write to.
         if not isinstance(error, RunLockedError):
             place.parent.mkdir(parents=True, exist_ok=True)
-            write_file(place, "".join(traceback.format_exception(error)))
+            write_file(place, redact("".join(traceback.format_exception(error))))
     except (OSError, SteadfastError) as failure:
         kept = f"its traceback could not be kept: {failure}"
         show_traceback |= fault is None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,8 +93,20 @@ class RunDirectory:
                 for report in self.error_report(0).parent.glob("rank-*.txt"):
                     report.unlink(missing_ok=True)
 
+    def keep_private(self, *, share_with_group: bool) -> None:
+        """Let nobody but this user (and the group, if shared) read what this process writes from now on.
+
+        A directory that is there already gets the modes of a new one, if it is ours to change. Every rank calls this.
+        """
+        os.umask(0o007 if share_with_group else 0o077)
+        with suppress(OSError):
+            # Closing the top closes all below it. Setgid: files get the group of the directory, not of their writer.
+            self.path.chmod(0o2770 if share_with_group else 0o700)
+
     def lock(self) -> RunLock:
         """Create the directory and take it for this process until the lock is closed or the process ends.
+
+        `keep_private` comes first.
 
         Raises RunLockedError when another process has it. Rank 0 calls this.
         """

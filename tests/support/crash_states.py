@@ -15,7 +15,6 @@ A crash of the process alone (nothing is lost, nothing more is done) is one of t
 from __future__ import annotations
 
 import builtins
-import hashlib
 import io
 import os
 import random
@@ -27,6 +26,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
+
+import xxhash
 
 PAGE = 4096
 
@@ -194,13 +195,8 @@ class Tree:
     files: dict[str, bytes]
     folders: frozenset[str]
 
-    @property
-    def digest(self) -> bytes:
-        """Equal for equal trees."""
-        total = hashlib.blake2b(repr(sorted(self.folders)).encode(), digest_size=16)
-        for name, content in sorted(self.files.items()):
-            total.update(f"{name} {len(content)} ".encode() + content)
-        return total.digest()
+    digest: bytes
+    """Equal for equal trees."""
 
     def write(self, root: Path) -> None:
         """Put it into the empty directory `root`."""
@@ -210,12 +206,24 @@ class Tree:
             (root / name).write_bytes(content)
 
 
+@dataclass(frozen=True)
+class _Moment:
+    """What a crash behind some call cannot change, and the calls that it may keep or lose."""
+
+    names: dict[int, dict[str, int]]
+    contents: dict[int, bytes]
+    hashes: dict[int, bytes]
+    open: list[Call]
+    pages: int
+
+
 class States:
     """States after a crash of a recording; see the module's docstring."""
 
     def __init__(self, calls: list[Call], directories: set[int]) -> None:
         self._calls = calls
         self._directories = directories
+        self._moments: dict[int, _Moment] = {}
 
     def marks_before(self, end: int) -> list[Any]:
         """The marks among the first `end` calls."""
@@ -223,15 +231,7 @@ class States:
 
     def in_the_balance(self, end: int) -> int:
         """How many pages and names a crash behind the first `end` calls may keep or lose."""
-        count, synced = 0, set()
-        for call in reversed(self._calls[:end]):
-            if call.kind == "sync":
-                synced.add(call.node)
-            elif call.kind == "names":
-                count += not any(directory in synced for directory, _, _ in call.changes)
-            elif call.kind == "write" and call.node not in synced:
-                count += len(call.data) // PAGE + 1
-        return count
+        return self._moment(end).pages
 
     def after(self, end: int, generator: random.Random, survival: float) -> Tree:
         """One state after a crash behind the first `end` calls.
@@ -239,64 +239,93 @@ class States:
         What was not synced is there with probability `survival`: at 1 only the process died, at 0 everything that may
         be lost is.
         """
-        calls = self._calls[:end]
-        synced_at: dict[int, int] = {}
-        for number, call in enumerate(calls):
-            if call.kind == "sync":
-                synced_at[call.node] = number
-
-        def durable(node: int, number: int) -> bool:
-            return synced_at.get(node, -1) > number
-
-        names: dict[int, dict[str, int]] = {node: {} for node in self._directories}
-        contents: dict[int, bytearray] = {}
-        for number, call in enumerate(calls):
+        moment = self._moment(end)
+        names = {directory: dict(entries) for directory, entries in moment.names.items()}
+        changed: dict[int, bytearray] = {}
+        for call in moment.open:
             if call.kind == "names":
-                # A rename touches two entries at once; synced is it as soon as either directory is.
-                if any(durable(directory, number) for directory, _, _ in call.changes) or (
-                    generator.random() < survival
-                ):
-                    for directory, name, node in call.changes:
-                        if node is None:
-                            names[directory].pop(name, None)
-                        else:
-                            names[directory][name] = node
-            elif call.kind == "truncate":
-                if durable(call.node, number) or generator.random() < survival:
+                if generator.random() < survival:
+                    _rename(names, call)
+            else:
+                content = changed.get(call.node)
+                if content is None:
+                    content = changed[call.node] = bytearray(moment.contents.get(call.node, b""))
+                if call.kind == "truncate":
+                    if generator.random() < survival:
+                        content.clear()
+                else:
+                    _write_some(content, call, generator, survival)
+        return self._tree(names, moment, {node: bytes(content) for node, content in changed.items()})
+
+    def _moment(self, end: int) -> _Moment:
+        if end not in self._moments:
+            synced: set[int] = set()
+            open_calls: list[Call] = []
+            durable: list[Call] = []
+            for call in reversed(self._calls[:end]):
+                if call.kind == "sync":
+                    synced.add(call.node)
+                elif call.kind != "mark":
+                    # A rename touches two entries at once: it is on disk as soon as either directory is.
+                    nodes = [directory for directory, _, _ in call.changes] or [call.node]
+                    (durable if synced & {*nodes} else open_calls).append(call)
+            names: dict[int, dict[str, int]] = {node: {} for node in self._directories}
+            contents: dict[int, bytearray] = {}
+            for call in reversed(durable):
+                if call.kind == "names":
+                    _rename(names, call)
+                elif call.kind == "truncate":
                     contents[call.node] = bytearray()
-            elif call.kind == "write":
-                self._apply(contents.setdefault(call.node, bytearray()), call, durable(call.node, number), generator,
-                            survival)  # fmt: skip
-        return self._tree(names, contents)
+                else:
+                    _write_some(contents.setdefault(call.node, bytearray()), call, random.Random(0), 1)
+            fixed = {node: bytes(content) for node, content in contents.items()}
+            self._moments[end] = _Moment(
+                names,
+                fixed,
+                {node: xxhash.xxh3_128_digest(content) for node, content in fixed.items()},
+                open_calls[::-1],
+                sum(len(call.data) // PAGE + 1 for call in open_calls),
+            )
+        return self._moments[end]
 
-    @staticmethod
-    def _apply(content: bytearray, call: Call, durable: bool, generator: random.Random, survival: float) -> None:
-        end = call.offset + len(call.data)
-        if durable or survival == 1:
-            content.extend(bytes(max(0, end - len(content))))
-            content[call.offset : end] = call.data
-            return
-        if generator.random() < survival:
-            # The length may be on disk before the data is: what is missing then reads as zeros.
-            content.extend(bytes(max(0, end - len(content))))
-        begin = call.offset
-        while begin < end:
-            stop = min(end, (begin // PAGE + 1) * PAGE)
-            if generator.random() < survival and stop <= len(content):
-                content[begin:stop] = call.data[begin - call.offset : stop - call.offset]
-            begin = stop
-
-    def _tree(self, names: dict[int, dict[str, int]], contents: dict[int, bytearray]) -> Tree:
+    def _tree(self, names: dict[int, dict[str, int]], moment: _Moment, changed: dict[int, bytes]) -> Tree:
         files: dict[str, bytes] = {}
         folders: set[str] = set()
+        total = xxhash.xxh3_128()
 
         def walk(directory: int, prefix: str) -> None:
-            for name, node in names[directory].items():
+            for name, node in sorted(names[directory].items()):
+                total.update(f"{prefix}{name} ".encode())
                 if node in self._directories:
                     folders.add(prefix + name)
                     walk(node, f"{prefix}{name}/")
                 else:
-                    files[prefix + name] = bytes(contents.get(node, b""))
+                    content = changed.get(node)
+                    total.update(
+                        moment.hashes.get(node, b"empty") if content is None else xxhash.xxh3_128_digest(content)
+                    )
+                    files[prefix + name] = moment.contents.get(node, b"") if content is None else content
 
         walk(0, "")
-        return Tree(files, frozenset(folders))
+        return Tree(files, frozenset(folders), total.digest())
+
+
+def _rename(names: dict[int, dict[str, int]], call: Call) -> None:
+    for directory, name, node in call.changes:
+        if node is None:
+            names[directory].pop(name, None)
+        else:
+            names[directory][name] = node
+
+
+def _write_some(content: bytearray, call: Call, generator: random.Random, survival: float) -> None:
+    end = call.offset + len(call.data)
+    # The length may be on disk before the data is: what is missing then reads as zeros.
+    if generator.random() < survival:
+        content.extend(bytes(max(0, end - len(content))))
+    begin = call.offset
+    while begin < end:
+        stop = min(end, (begin // PAGE + 1) * PAGE)
+        if generator.random() < survival and stop <= len(content):
+            content[begin:stop] = call.data[begin - call.offset : stop - call.offset]
+        begin = stop

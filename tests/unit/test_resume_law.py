@@ -19,6 +19,7 @@ from trainer.run_directory import RunDirectory
 OTHER = {
     "run.dir": "elsewhere",
     "run.seed": 4,
+    "run.share_with_group": True,
     "model.path": None,  # see test_a_model_that_moves_and_one_that_changes
     "model.config": {**settings(Path("r"), Path("s"))["model"]["config"], "hidden_size": 64},
     "model.dtype": "bfloat16",

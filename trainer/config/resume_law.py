@@ -19,12 +19,14 @@ from typing import Any, Literal
 from trainer.config.schema import Config
 from trainer.config.words import keys
 from trainer.errors import ResumeRefusedError, UsageError
+from trainer.redact import redacted
 
 Change = Literal["identity", "tunable", "free"]
 
 LAW: dict[str, Change] = {
     "run.dir": "free",
     "run.seed": "identity",
+    "run.share_with_group": "free",
     "model.path": "free",  # what it holds is compared as `architecture`; after the start, weights come from checkpoints
     "model.config": "identity",
     "model.dtype": "tunable",
@@ -127,7 +129,7 @@ def accept_identity(
 
 def tuned(before: Any, config: Config) -> list[str]:
     """Tunable keys that differ from `before` (the values of an earlier configuration), `key: old -> new` each."""
-    old, new = dict(_flat(before)), dict(_flat(config.model_dump(mode="json")))
+    old, new = dict(_flat(before)), dict(_flat(redacted(config.model_dump(mode="json"))))
     return [
         f"{key}: {_text(old[key])} -> {_text(new[key])}"
         for key in keys(Config)
