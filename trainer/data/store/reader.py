@@ -20,6 +20,7 @@ from trainer.data.store.shards import Arrays, CachedShards, LocalShards, Shards,
 from trainer.data.store.windows import lengths_of
 from trainer.durable import sha256_of_file, write_errors, xxh3_of_file
 from trainer.errors import DataError, HangError, MissingInputError, UsageError
+from trainer.names import is_plain_path
 
 SCHEMA_VERSION = 2
 MANIFEST = "manifest-00000001.json"
@@ -399,6 +400,10 @@ def _checked_manifest(content: bytes, file: str) -> dict[str, Any]:
         raise DataError(
             f"{file} has schema {manifest.get('schema')}, this version reads {SCHEMA_VERSION}", "build it again"
         )
+    names = [file["name"] for file in manifest["files"]]
+    if foreign := [name for name in names if not is_plain_path(name)]:
+        # A store of somebody else must read and write nothing beside itself and the cache.
+        raise DataError(f"{file} names the file {foreign[0]!r}", "this is no store that was built here")
     return dict(manifest)
 
 
@@ -459,10 +464,6 @@ def _key(fingerprint: str, name: str) -> str:
 
 def _remote_files(url: str, directory: Path, manifest: Mapping[str, Any]) -> list[RemoteFile]:
     fingerprint = content_fingerprint(manifest)
-    for file in manifest["files"]:
-        # A store of somebody else must not write beside the cache.
-        if ".." in (parts := Path(file["name"]).parts) or Path(file["name"]).is_absolute() or not parts:
-            raise DataError(f"{url}/{MANIFEST} names the file {file['name']!r}", "this is no store that was built here")
     return [
         RemoteFile(
             url=f"{url}/{file['name']}",
