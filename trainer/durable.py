@@ -43,6 +43,13 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def present_umask() -> int:
+    """The umask of this process, which can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
 def make_directory(path: Path) -> None:
     """Make directory `path` and those above it that are missing, durably: what lies inside is no safer than its name.
 

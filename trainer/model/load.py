@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.schema import Model
-from trainer.durable import write_errors
+from trainer.durable import present_umask, write_errors
 from trainer.errors import CannotWriteError, ConfigError, DataError, MissingInputError
 from trainer.names import is_plain_name
 from trainer.tensor_file import TensorFile
@@ -59,6 +59,9 @@ def write_initial_model(
     try:
         with write_errors(out):
             network.save_pretrained(temporary)
+            for file in temporary.iterdir():
+                # safetensors closes its files to the group, whatever the umask says.
+                file.chmod(0o666 & ~present_umask())
             temporary.rename(out)
     except SafetensorError as error:
         raise CannotWriteError(f"cannot write {out}: {error}", "free disk space or set another run.dir") from error
