@@ -94,10 +94,10 @@ def check_allowed(names: Sequence[str]) -> tuple[str, ...]:
         if name in identity or name.startswith(("model.config.", "architecture.")):
             continue
         if name in LAW:
-            raise UsageError(f"--allow-change {name}: a resumed run takes a new {name} without asking", "drop it")
+            raise UsageError(f"--allow-change {name!r}: a resumed run takes a new {name} without asking", "drop it")
         close = difflib.get_close_matches(name, identity, n=1)
         hint = f"did you mean '{close[0]}'?" if close else f"there are {', '.join(identity)}"
-        raise UsageError(f"--allow-change {name}: nothing of this name is compared at a resume", hint)
+        raise UsageError(f"--allow-change {name!r}: nothing of this name is compared at a resume", hint)
     return tuple(names)
 
 
