@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.data.store.manifest import what_is_wrong
 from trainer.data.store.packing import PLAN_ARRAYS, LongText, PlanSpec, RowPlan, default_overlap, plan_rows
 from trainer.data.store.remote import RemoteFile, ShardCache, fetch_bytes, is_url
 from trainer.data.store.shards import Arrays, CachedShards, LocalShards, Shards, read_arrays, read_errors, write_arrays
@@ -392,7 +393,7 @@ def _checked_manifest(content: bytes, file: str) -> dict[str, Any]:
         manifest = json.loads(content)
         expected = manifest["body_sha256"]
         actual = body_hash(manifest)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{file} is damaged: it cannot be read", REBUILD) from error
     if expected != actual:
         raise DataError(f"{file} is damaged: its content does not match its own hash", REBUILD)
@@ -400,6 +401,8 @@ def _checked_manifest(content: bytes, file: str) -> dict[str, Any]:
         raise DataError(
             f"{file} has schema {manifest.get('schema')}, this version reads {SCHEMA_VERSION}", "build it again"
         )
+    if (wrong := what_is_wrong(manifest)) is not None:
+        raise DataError(f"{file} is damaged: {wrong} is not what a store has there", REBUILD)
     names = [file["name"] for file in manifest["files"]]
     if foreign := [name for name in names if not is_plain_path(name)]:
         # A store of somebody else must read and write nothing beside itself and the cache.
