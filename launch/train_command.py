@@ -19,10 +19,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from launch.contract import LAUNCHER_PID, require_resolvable, resolve
+from launch import local_place
+from launch.attempts import run_with_restarts, write_reference
+from launch.contract import LAUNCHER_PID, resolve
 from launch.faults import name_of_fault
 from launch.local import launch_local
-from launch.signals import StopRequests
+from launch.rendezvous import MEETING_SECONDS, meet
+from launch.signals import StopRequests, die_with_launcher
 from trainer.cli import report
 from trainer.config.arguments import add_config_arguments
 from trainer.config.deepspeed import check_deepspeed
@@ -32,7 +35,6 @@ from trainer.config.resume_law import check_allowed
 from trainer.config.schema import Config
 from trainer.durable import make_directory, write_file
 from trainer.errors import ConfigError, RunLockedError, SteadfastError, UsageError
-from trainer.orphans import die_with_parent
 from trainer.redact import redact
 from trainer.run_directory import RunDirectory
 from trainer.world import World
@@ -45,6 +47,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser)
     parser.add_argument("--nproc", type=int, metavar="N", help="ranks to start on this machine (1 when not given)")
     add_resume_argument(parser)
+    add_restart_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -55,11 +58,12 @@ def run(arguments: argparse.Namespace) -> int:
         processes = 1 if arguments.nproc is None else arguments.nproc
         require_gpus("--nproc", processes, os.environ)
         config = checked_config(arguments.config, arguments.overrides, processes, guess_device(os.environ))
-        return launch_local(
-            rank_command(arguments.config, arguments.overrides, allow_changes, show_traceback=arguments.traceback),
-            processes=processes,
-            environ=os.environ,
-            run_dir=Path(config.run.dir),
+        command = rank_command(arguments.config, arguments.overrides, allow_changes, show_traceback=arguments.traceback)
+        write_reference(RunDirectory(Path(config.run.dir)), local_place.reference())
+        return run_with_restarts(
+            lambda: launch_local(command, processes=processes, environ=os.environ, run_dir=Path(config.run.dir)),
+            config,
+            arguments.max_restarts,
         )
     if arguments.nproc is not None and arguments.nproc > 1:
         raise UsageError(
@@ -85,6 +89,23 @@ def add_resume_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_restart_argument(parser: argparse.ArgumentParser) -> None:
+    """Give `parser` the option `max_restarts`."""
+    parser.add_argument(
+        "--max-restarts",
+        type=_restarts,
+        default=0,
+        metavar="N",
+        help="start again after a crash, at most N times in all and twice from the same checkpoint (default 0)",
+    )
+
+
+def _restarts(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of restarts, e.g. 3")
+    return int(text)
+
+
 def checked_config(path: Path, overrides: Sequence[str], ranks: int, device: Device) -> Config:
     """Everything that can be known to be wrong before a process is started, as one ConfigError.
 
@@ -108,12 +129,17 @@ def require_gpus(option: str, ranks: int, environ: Mapping[str, str]) -> None:
         )
 
 
+def allow_words(allow_changes: Sequence[str]) -> list[str]:
+    """`--allow-change` for each of the names, as the next process takes it."""
+    return [f"--allow-change={key}" for key in allow_changes]
+
+
 def rank_command(
     config: Path, overrides: Sequence[str], allow_changes: Sequence[str] = (), *, show_traceback: bool
 ) -> list[str]:
     """The command of every rank: this checkout's steadfast.py with this Python, however we were started."""
     words = [sys.executable, str(ROOT / "steadfast.py"), "train", str(config), *overrides]
-    words += [f"--allow-change={key}" for key in allow_changes]
+    words += allow_words(allow_changes)
     return [*words, "--traceback"] if show_traceback else words
 
 
@@ -129,8 +155,8 @@ def _be_a_rank(config: Config, world: World, allow_changes: Sequence[str], *, sh
     """
     if os.environ.get(LAUNCHER_PID):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        if (reason := die_with_parent(int(os.environ[LAUNCHER_PID]))) is not None and world.is_first:
-            sys.stderr.write(f"warning: {reason}\n")
+    if (reason := die_with_launcher(os.environ)) is not None and world.is_first:
+        sys.stderr.write(f"warning: {reason}\n")
     stop_requests = StopRequests()
     stop_requests.install()
     lock = None
@@ -141,10 +167,10 @@ def _be_a_rank(config: Config, world: World, allow_changes: Sequence[str], *, sh
             make_directory(run.path)
         run.keep_private(share_with_group=config.run.share_with_group)
         lock = run.lock() if world.is_first else None
-        require_resolvable(world.master_address)
+        listener = meet(world, os.environ, min(MEETING_SECONDS, config.engine.timeout_seconds))
         from trainer.assemble import train
 
-        train(config, world, stop_requests, allow_changes, lock)
+        train(config, world, stop_requests, listener, allow_changes=allow_changes, lock=lock)
     except BaseException as error:
         code = _say_what_failed(error, config, world, show_traceback=show_traceback)
         if lock is not None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from socket import gethostname
+from socket import gethostname, socket
 from typing import TYPE_CHECKING, Any
 
 from trainer.checkpoint.verify import read_manifest, step_directory
@@ -48,12 +48,19 @@ if TYPE_CHECKING:
 
 
 def train(
-    config: Config, world: World, stop: StopFlag, allow_changes: Sequence[str] = (), lock: RunLock | None = None
+    config: Config,
+    world: World,
+    stop: StopFlag,
+    listener: socket | None = None,
+    *,
+    allow_changes: Sequence[str] = (),
+    lock: RunLock | None = None,
 ) -> None:
     """Run one rank of a training run to its end, or to a requested stop. All ranks call this with the same config.
 
-    `allow_changes` names what may differ from the checkpoint although it is part of the run's identity. Rank 0 brings
-    the run directory's `lock`, which is released at the end.
+    `listener` is the port where rank 0 meets the others, when it is open already (`collectives.join`). `allow_changes`
+    names what may differ from the checkpoint although it is part of the run's identity. Rank 0 brings the run
+    directory's `lock`, which is released at the end.
 
     Returns normally when the run is complete or stopped on request after a commit (rank 0 then leaves the marker
     stopped.json). Raises a SteadfastError otherwise; after an exception no further collective may run.
@@ -62,7 +69,7 @@ def train(
     from trainer import collectives
 
     run = RunDirectory(Path(config.run.dir))
-    collectives.join(world, devices.communication_backend(kind), config.engine.timeout_seconds)
+    collectives.join(world, devices.communication_backend(kind), config.engine.timeout_seconds, listener)
     train_joined(config, world, stop, run, kind, allow_changes, lock)
     # All ranks end together, after rank 0 has closed the record. The process group is left standing: the process ends.
     collectives.barrier()

@@ -21,7 +21,11 @@ class JsonLines:
         self._durable = durable
         with write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
+            torn = _is_torn(path)
             self._stream = path.open("a", encoding="utf-8")
+            if torn:
+                # Else the next entry would be glued to the half one of a process that was killed, and lost with it.
+                self._stream.write("\n")
 
     def append(self, entry: dict[str, Any]) -> None:
         """Write one entry; numbers that JSON does not know (NaN, infinity) become null."""
@@ -68,6 +72,14 @@ def cut_back(path: Path, step: int) -> dict[str, Any] | None:
                 return entry
         stream.truncate(0)
     return None
+
+
+def _is_torn(path: Path) -> bool:
+    if not path.is_file() or not path.stat().st_size:
+        return False
+    with path.open("rb") as stream:
+        stream.seek(-1, os.SEEK_END)
+        return stream.read(1) != b"\n"
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
