@@ -156,9 +156,7 @@ def run_job(
         task = [*steadfast, "launch", "slurm-task", *words, *allow_words(allow_changes)]
         ending = supervise(
             SrunRanks(
-                srun_command(
-                    allocated, os.environ, [*steadfast, "launch", "slurm-task", *words, *allow_words(allow_changes)]
-                ),
+                srun_command(allocated, os.environ, task),
                 environ,
                 world_size=allocated.world_size,
             ),
