@@ -22,6 +22,7 @@ from trainer.durable import write_file
 from trainer.engine import device as devices
 from trainer.errors import ConfigError, DataError, UsageError
 from trainer.loop import Loop, StopFlag, fit
+from trainer.observe.events import EventLedger
 from trainer.observe.record import Record, recorded
 from trainer.plan import make_plan
 from trainer.prepare import (
@@ -157,6 +158,9 @@ def train_joined(
         write_file(run.config, config_as_yaml(config))
         write_file(run.plan, json.dumps(plan.as_json(), indent=1) + "\n")
         collect_model_files(config, store, run)
+        if lock is not None and lock.taken_over is not None:
+            with closing(EventLedger(run.events)) as events:
+                events.record("takeover", holder=lock.taken_over)
         record: AbstractContextManager[Record] = recorded(
             config, run, plan, feed, restored, changes, devices.memory_probe(kind)
         )

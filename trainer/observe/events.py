@@ -14,7 +14,7 @@ from trainer.state import StepResult, TrainState
 
 
 class EventLedger:
-    """Writes events.jsonl: start, resume, skip, evaluate, commit, stop, done, fault."""
+    """Writes events.jsonl: takeover, start, resume, skip, evaluate, commit, stop, done, fault."""
 
     def __init__(self, path: Path) -> None:
         self._lines = JsonLines(path, durable=True)
