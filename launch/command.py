@@ -147,6 +147,8 @@ def _launch(arguments: argparse.Namespace) -> int:
         )
     from launch.ray import launch_ray
 
+    # The ranks' supervisor looks too, but only after minutes of waiting for nodes.
+    RunDirectory(Path(config.run.dir)).refuse_second_start()
     return launch_ray(
         command,
         nodes=nodes,

@@ -141,6 +141,7 @@ def run_job(
     if is_finished(run, config):
         _say(f"nothing to do: {run.path} is complete")
         return 0
+    run.refuse_second_start()
     master = _first_host(os.environ["SLURM_JOB_NODELIST"])
     _say(
         f"job {allocated.job}, restart {allocated.restart}: {allocated.world_size} ranks on {allocated.nodes} nodes "
