@@ -91,8 +91,13 @@ def serve(hubs: list[socket.socket], until: float) -> None:
                         return
 
 
-def one_kill(directory: Path, generator: random.Random, first: int, board: Board) -> tuple[list[str], int]:
-    """Run ranks from step `first`, kill some or all; returns the victims' phases and the last announced step."""
+def one_kill(
+    directory: Path, generator: random.Random, first: int, board: Board, longest: float
+) -> tuple[list[str], int]:
+    """Run ranks from step `first`, kill some or all within `longest` seconds.
+
+    Returns the victims' phases and the last announced step.
+    """
     world_size = generator.randint(1, MAX_RANKS)
     board.clear()
     hubs, ranks = [], []
@@ -109,7 +114,7 @@ def one_kill(directory: Path, generator: random.Random, first: int, board: Board
         theirs.close()
         hubs.append(ours)
         ranks.append(child)
-    serve(hubs, time.monotonic() + generator.uniform(0.002, 0.12))
+    serve(hubs, time.monotonic() + generator.uniform(0.002, longest))
     victims = generator.choice([[0], [world_size - 1], list(range(world_size))])
     for rank in victims:
         os.kill(ranks[rank], signal.SIGKILL)
@@ -130,9 +135,11 @@ def main() -> None:
     generator, board = random.Random(seed), Board()
     by_phase = dict.fromkeys(PHASES, 0)
     bad: list[str] = []
-    newest = 0
+    newest, longest = 0, 0.1
     for number in range(kills):
-        phases, announced = one_kill(directory, generator, newest + 1, board)
+        phases, announced = one_kill(directory, generator, newest + 1, board, longest)
+        # About two commits before a kill, on a busy machine as on an idle one.
+        longest = max(longest / 1.5, 0.02) if announced > newest + 1 else min(longest * 1.3, 5.0)
         for phase in phases:
             by_phase[phase] += 1
         try:

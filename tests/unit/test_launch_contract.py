@@ -398,7 +398,7 @@ def test_a_dry_run_prints_the_plan(capsys: pytest.CaptureFixture[str], monkeypat
     assert "HF_TOKEN" not in text
     assert "STRICT_SPREAD" in text
     assert "world_size: 4" in text
-    with pytest.raises(UsageError, match="use launch ray"):
+    with pytest.raises(UsageError, match="use launch slurm or ray"):
         command.run(launch("local", tiny, "--nodes", "2", "--dry-run"))
     with pytest.raises(UsageError, match="--ranks-per-node 0"):
         command.run(launch("local", tiny, "--ranks-per-node", "0", "--dry-run"))
