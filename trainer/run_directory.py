@@ -111,6 +111,10 @@ class RunDirectory:
         with suppress(OSError):
             # Closing the top closes all below it. Setgid: files get the group of the directory, not of their writer.
             self.path.chmod(0o2770 if share_with_group else 0o700)
+            for file in self.path.iterdir():
+                # What a launcher left before any rank was there.
+                if file.is_file() and not file.is_symlink():
+                    file.chmod(0o660 if share_with_group else 0o600)
 
     def lock(self) -> RunLock:
         """Create the directory and take it for this process until the lock is closed or the process ends.

@@ -118,7 +118,7 @@ def test_a_thousand_hostile_names_and_none_leaves_its_directory(tmp_path, store)
         (checkpoint / "MANIFEST.json").write_text(manifest_text(manifest))
         with pytest.raises(CheckpointError, match="names a file outside"):
             read_manifest(checkpoint)
-        changed = {**stored, "files": [{**stored["files"][0], "name": name}]}
+        changed = {**stored, "files": [{**stored["files"][-1], "name": name}]}
         changed["body_sha256"] = body_hash(changed)
         with pytest.raises(DataError, match="names the file"):
             _checked_manifest(json.dumps(changed).encode(), "manifest.json")
