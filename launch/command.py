@@ -26,10 +26,18 @@ from launch import local_place, places
 from launch.attempts import record_submit, run_with_restarts, write_reference
 from launch.contract import LAUNCHER_PID, VARIABLES, resolve
 from launch.local import launch_local, plan_local
-from launch.train_command import add_restart_argument, checked_config, rank_command, require_gpus
+from launch.train_command import (
+    add_restart_argument,
+    add_resume_argument,
+    allow_words,
+    checked_config,
+    rank_command,
+    require_gpus,
+)
 from trainer.config.arguments import add_config_arguments
 from trainer.config.deepspeed import accumulation_steps
 from trainer.config.device import guess_device
+from trainer.config.resume_law import check_allowed
 from trainer.config.schema import Config
 from trainer.errors import UsageError
 from trainer.run_directory import RunDirectory
@@ -48,6 +56,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         place.add_argument("--ranks-per-node", type=int, metavar="K", help="ranks on a node (default: one a GPU, or 1)")
         place.add_argument("--dry-run", action="store_true", help="print the plan and start nothing")
         place.add_argument("--json", action="store_true", help="with --dry-run: print the plan as JSON")
+        add_resume_argument(place)
     add_restart_argument(local)
     slurm.add_argument(
         "--sbatch", action="append", default=[], metavar="OPTIONS", help='options for sbatch, e.g. --sbatch="--time=60"'
@@ -73,7 +82,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     stop.add_argument("--graceful", action="store_true", help="save an agreed checkpoint first")
     # What slurm/sft.sh and its srun call; nobody types these.
     for inner in ("slurm-job", "slurm-task"):
-        add_config_arguments(commands.add_parser(inner))
+        parser = commands.add_parser(inner)
+        add_config_arguments(parser)
+        add_resume_argument(parser)
     # The job that a graceful stop sends to a Ray cluster.
     commands.add_parser("ray-stop").add_argument("job")
 
@@ -89,11 +100,17 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.place == "slurm-job":
         from launch.slurm.job import run_job
 
-        return run_job(arguments.config, arguments.overrides, show_traceback=arguments.traceback)
+        return run_job(
+            arguments.config, arguments.overrides, arguments.allow_change, show_traceback=arguments.traceback
+        )
     if arguments.place == "slurm-task":
         from launch.slurm.task import run_task
 
-        return run_task(rank_command(arguments.config, arguments.overrides, show_traceback=arguments.traceback))
+        return run_task(
+            rank_command(
+                arguments.config, arguments.overrides, arguments.allow_change, show_traceback=arguments.traceback
+            )
+        )
     return _launch(arguments)
 
 
@@ -130,7 +147,8 @@ def _launch(arguments: argparse.Namespace) -> int:
         require_gpus("--ranks-per-node", ranks, os.environ)
     device = "cuda" if gpus else guess_device(os.environ) if arguments.place == "local" else "cpu"
     config = checked_config(arguments.config, arguments.overrides, nodes * ranks, device)
-    command = rank_command(arguments.config, arguments.overrides, show_traceback=arguments.traceback)
+    allow_changes = check_allowed(arguments.allow_change)
+    command = rank_command(arguments.config, arguments.overrides, allow_changes, show_traceback=arguments.traceback)
     if arguments.place == "slurm":
         return _submit(arguments, config, nodes, ranks)
     if arguments.place == "ray":
@@ -151,6 +169,8 @@ def _launch(arguments: argparse.Namespace) -> int:
         )
     from launch.ray.run import run_ray
 
+    # The ranks' supervisor looks too, but only after minutes of waiting for nodes.
+    RunDirectory(Path(config.run.dir)).refuse_second_start()
     return run_ray(
         command,
         config,
@@ -168,7 +188,7 @@ def _submit_to_ray(arguments: argparse.Namespace, config: Config, nodes: int, ra
     run_dir = Path(config.run.dir)
     plan = plan_ray(
         arguments.config,
-        arguments.overrides,
+        [*arguments.overrides, *allow_words(arguments.allow_change)],
         run_dir=run_dir,
         address=arguments.address,
         nodes=nodes,
@@ -196,6 +216,7 @@ def _submit(arguments: argparse.Namespace, config: Config, nodes: int, ranks: in
     plan = plan_slurm(
         arguments.config,
         arguments.overrides,
+        arguments.allow_change,
         run_dir=Path(config.run.dir),
         nodes=nodes,
         ranks_per_node=ranks,

@@ -19,7 +19,8 @@ from typing import Protocol
 
 from launch.processes import Ended, Event, Output
 from trainer import errors
-from trainer.errors import HangError, Interrupted, PeerLostError, SteadfastError, StoppedOnRequest
+from trainer.cli import report
+from trainer.errors import HangError, Interrupted, PeerLostError, RunLockedError, SteadfastError, StoppedOnRequest
 from trainer.run_directory import RunDirectory
 
 GRACE_SECONDS = 10.0
@@ -88,6 +89,11 @@ def supervise(
     Call it from the main thread: SIGINT, SIGTERM and SIGUSR2 are handled here.
     """
     run = RunDirectory(run_dir)
+    try:
+        run.refuse_second_start()
+    except RunLockedError as error:
+        report(error)
+        return Ending(error.exit_code, blamed=error.fact)
     run.forget_last_start()
     started = time.time()
     screen = Screen(world_size)
@@ -130,8 +136,8 @@ def supervise(
         finally:
             ranks.close()
     if culprit is not None:
-        report = run.error_report(culprit.rank)
-        fresh = report if _changed_since(report, started) else None
+        kept = run.error_report(culprit.rank)
+        fresh = kept if _changed_since(kept, started) else None
         last_words = screen.last_words(culprit.rank)
         if culprit.status < 0 and _changed_since(run.hang, started):
             # A watchdog had to kill a rank that hung without letting go of the interpreter.

@@ -11,10 +11,12 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from socket import gethostname, socket
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from trainer.checkpoint.verify import read_manifest, step_directory
 from trainer.config.deepspeed import accumulation_steps, compile_deepspeed
 from trainer.config.load import config_as_yaml
+from trainer.config.resume_law import identity_differences
 from trainer.config.schema import Config
 from trainer.data.feed import Feed, evaluation_batches
 from trainer.data.store import TokenStore, open_store
@@ -23,6 +25,7 @@ from trainer.durable import write_file
 from trainer.engine import device as devices
 from trainer.errors import ConfigError, DataError, UsageError
 from trainer.loop import Loop, OnPhase, StopFlag, fit
+from trainer.observe.events import EventLedger
 from trainer.observe.faults import Faults, PoisonedEngine, planned
 from trainer.observe.heartbeat import Heartbeat
 from trainer.observe.interval import save_schedule
@@ -46,14 +49,29 @@ from trainer.prepare import (
     source_epochs,
 )
 from trainer.run_directory import RunDirectory
+from trainer.run_lock import RunLock
 from trainer.state import TrainState
 from trainer.world import World
 
+if TYPE_CHECKING:
+    from trainer.checkpoint.resume import Checkpointer
 
-def train(config: Config, world: World, stop: StopFlag, listener: socket | None = None) -> None:
+
+def train(
+    config: Config,
+    world: World,
+    stop: StopFlag,
+    listener: socket | None = None,
+    *,
+    allow_changes: Sequence[str] = (),
+    lock: RunLock | None = None,
+) -> None:
     """Run one rank of a training run to its end, or to a requested stop. All ranks call this with the same config.
 
-    `listener` is the port where rank 0 meets the others, when it is open already (`collectives.join`).
+    `listener` is the port where rank 0 meets the others, when it is open already (`collectives.join`). `allow_changes`
+    names what may differ from the checkpoint although it is part of the run's identity. Rank 0 brings the run
+    directory's `lock`, which is released at the end.
+
     Returns normally when the run is complete or stopped on request after a commit (rank 0 then leaves the marker
     stopped.json). Raises a SteadfastError otherwise; after an exception no further collective may run.
     """
@@ -61,16 +79,23 @@ def train(config: Config, world: World, stop: StopFlag, listener: socket | None 
     from trainer import collectives
 
     run = RunDirectory(Path(config.run.dir))
-    lock = run.lock() if world.is_first else None
     collectives.join(world, devices.communication_backend(kind), config.engine.timeout_seconds, listener)
-    train_joined(config, world, stop, run, kind)
+    train_joined(config, world, stop, run, kind, allow_changes, lock)
     # All ranks end together, after rank 0 has closed the record. The process group is left standing: the process ends.
     collectives.barrier()
     if lock is not None:
         lock.close()
 
 
-def train_joined(config: Config, world: World, stop: StopFlag, run: RunDirectory, kind: devices.DeviceType) -> None:
+def train_joined(
+    config: Config,
+    world: World,
+    stop: StopFlag,
+    run: RunDirectory,
+    kind: devices.DeviceType,
+    allow_changes: Sequence[str] = (),
+    lock: RunLock | None = None,
+) -> None:
     """The same, inside a process group that exists already and outlives the run; rank 0 holds the run's lock."""
     from trainer import collectives
 
@@ -82,7 +107,7 @@ def train_joined(config: Config, world: World, stop: StopFlag, run: RunDirectory
     # Faults come last: what they strike down in a phase has begun it.
     on_phase = Phases([heartbeat, faults] if times is None else [heartbeat, times, faults])
     with closing(heartbeat):
-        _train_watched(config, world, stop, run, kind, on_phase, faults, times)
+        _train_watched(config, world, stop, run, kind, on_phase, faults, times, allow_changes, lock)
 
 
 def _train_watched(
@@ -94,6 +119,8 @@ def _train_watched(
     on_phase: Phases,
     faults: Faults,
     times: TimeLedger | None,
+    allow_changes: Sequence[str],
+    lock: RunLock | None,
 ) -> None:
     from trainer import collectives
     from trainer.checkpoint.resume import Checkpointer
@@ -147,6 +174,12 @@ def _train_watched(
         packing=config.data.packing,
         dtype=config.model.dtype,
     )
+
+    def phase_of_save(phase: str) -> None:
+        on_phase.of_save(phase)
+        if lock is not None and phase in ("open", "rename"):
+            lock.check()
+
     checkpointer = Checkpointer(
         directory=run.checkpoints,
         engine=engine,
@@ -158,17 +191,21 @@ def _train_watched(
         probe=probe_prompts(store, rows.sequence_length),
         seed=config.run.seed,
         keep=config.checkpoint.keep,
-        on_phase=on_phase.of_save,
+        on_phase=phase_of_save,
+        allow_changes=allow_changes,
     )
     on_phase("restore", 0)
     restored = checkpointer.restore()
     state = restored or TrainState()
     if times is not None:
         # Only now: a start that was refused leaves the record of the run as it was.
-        changes = changed_settings(config, run) if restored else []
+        changes = [*_allowed(checkpointer, restored), *changed_settings(config, run)] if restored else []
         write_file(run.config, config_as_yaml(config))
         write_file(run.plan, json.dumps(plan.as_json(), indent=1) + "\n")
         collect_model_files(config, store, run)
+        if lock is not None and lock.taken_over is not None:
+            with closing(EventLedger(run.events)) as events:
+                events.record("takeover", holder=lock.taken_over)
         record: AbstractContextManager[Record] = recorded(
             config,
             run,
@@ -201,6 +238,13 @@ def _train_watched(
     engine.close()
     if cache is not None:
         cache.close()
+
+
+def _allowed(checkpointer: Checkpointer, restored: TrainState) -> list[str]:
+    """What of the run's identity differs from the restored checkpoint, by permission."""
+    saved = read_manifest(step_directory(checkpointer.directory, restored.step)).identity
+    differences = identity_differences(saved, checkpointer.identity)
+    return [f"{change} (--allow-change {key})" for key, change in differences.items()]
 
 
 def refuse_shared_devices(ranks: Sequence[dict[str, str]]) -> None:

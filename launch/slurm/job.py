@@ -32,7 +32,7 @@ from launch.attempts import (
 from launch.decide import Done, GiveUp, decide
 from launch.slurm.srun import SrunRanks
 from launch.supervise import TIME_LIMIT, Ending, supervise
-from launch.train_command import ROOT, checked_config
+from launch.train_command import ROOT, allow_words, checked_config
 from trainer.errors import PeerLostError, UsageError
 from trainer.observe.clock import process_began
 from trainer.run_directory import RunDirectory
@@ -126,7 +126,9 @@ def srun_environment(environ: Mapping[str, str], master: str, port: int) -> dict
     return environment
 
 
-def run_job(config_path: Path, overrides: Sequence[str], *, show_traceback: bool) -> int:
+def run_job(
+    config_path: Path, overrides: Sequence[str], allow_changes: Sequence[str] = (), *, show_traceback: bool
+) -> int:
     """Be the batch step; returns the exit code of the job."""
     allocated = allocation(os.environ)
     words = [str(config_path), *for_array_task(overrides, allocated.array_task)]
@@ -139,6 +141,7 @@ def run_job(config_path: Path, overrides: Sequence[str], *, show_traceback: bool
     if is_finished(run, config):
         _say(f"nothing to do: {run.path} is complete")
         return 0
+    run.refuse_second_start()
     master = _first_host(os.environ["SLURM_JOB_NODELIST"])
     _say(
         f"job {allocated.job}, restart {allocated.restart}: {allocated.world_size} ranks on {allocated.nodes} nodes "
@@ -156,8 +159,9 @@ def run_job(config_path: Path, overrides: Sequence[str], *, show_traceback: bool
     environ = srun_environment(os.environ, master, allocated.port)
     steadfast = [*python_of_ranks(os.environ), str(ROOT / "steadfast.py")]
     ending = _preflight(srun_command(allocated, os.environ, [*steadfast, "preflight", *words], label=False), environ)
+    task = [*steadfast, "launch", "slurm-task", *words, *allow_words(allow_changes)]
     ranks = SrunRanks(
-        srun_command(allocated, os.environ, [*steadfast, "launch", "slurm-task", *words]),
+        srun_command(allocated, os.environ, task),
         environ,
         world_size=allocated.world_size,
     )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.slurm.job import Allocation, srun_command
-from launch.train_command import ROOT
+from launch.train_command import ROOT, allow_words
 from trainer.errors import MissingInputError, PeerLostError, UsageError
 
 SCRIPT = ROOT / "slurm" / "sft.sh"
@@ -39,6 +39,7 @@ class SlurmPlan:
 def plan_slurm(
     config: Path,
     overrides: Sequence[str],
+    allow_changes: Sequence[str] = (),
     *,
     run_dir: Path,
     nodes: int,
@@ -57,8 +58,10 @@ def plan_slurm(
         str(SCRIPT),
         str(config),
         *overrides,
+        *allow_words(allow_changes),
     ]
-    rank = ["PYTHON", str(ROOT / "steadfast.py"), "launch", "slurm-task", str(config), *overrides]
+    words = [str(config), *overrides, *allow_words(allow_changes)]
+    rank = ["PYTHON", str(ROOT / "steadfast.py"), "launch", "slurm-task", *words]
     srun = srun_command(Allocation("JOB", 0, nodes, ranks_per_node, gpus_per_node), {}, rank)
     return SlurmPlan(command, {"SFT_ROOT": str(ROOT)}, srun)
 

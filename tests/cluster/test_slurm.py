@@ -90,11 +90,12 @@ def test_what_is_too_slow_to_save_is_requeued_before_the_time_limit(
     slurm: SlurmCluster, runs: Runs, note: Note
 ) -> None:
     """A rank that stands still is one that saves too slowly: Slurm would end the job for good at its limit."""
-    run = runs.new("late")
-    job = run.submit("--time=2", "--signal=B:USR2@60")
-    until(lambda: 1 in rank_processes(run), f"rank 1 lives:\n{run.output()}", 60)
+    # Long enough that nobody gives up waiting for it before the limit.
+    run = runs.new("late", engine__timeout_seconds=600)
+    job = run.submit("--time=3", "--signal=B:USR2@60")
+    until(lambda: "step   1/" in run.output(), "the first step", 140)
     os.kill(rank_processes(run)[1], signal.SIGSTOP)
-    run.wait_for("PENDING", "TIMEOUT", "FAILED", seconds=120)
+    run.wait_for("PENDING", "TIMEOUT", "FAILED", seconds=180)
     (end,) = run.events("end")
     assert (end["asked_by"], end["decision"]) == ("scheduler", "requeue"), run.output()
     assert "the time limit is near" in end["blamed"]
