@@ -71,6 +71,7 @@ def train_joined(config: Config, world: World, stop: StopFlag, run: RunDirectory
     """The same, inside a process group that exists already and outlives the run; rank 0 holds the run's lock."""
     from trainer import collectives
 
+    collectives.time_collectives()
     faults = Faults(planned(os.environ), world.rank, run.path)
     first = collectives.exchange({"attempt": f"{os.getpid()}-{time.time():.3f}"})[0]
     post = Post(world.rank, world.world_size, os.getpid(), str(run.path), first["attempt"])
@@ -94,7 +95,8 @@ def _train_watched(
 
     on_phase("start", 0)
     device = devices.torch_device(kind, world.local_rank)
-    refuse_shared_devices(collectives.exchange({"host": gethostname(), "device": devices.device_name(device)}))
+    places = collectives.exchange({"host": gethostname(), "device": devices.device_name(device)})
+    refuse_shared_devices(places)
     if world.is_first:
         # Under the lock: before it these may be those of a run that is just ending.
         run.stopped.unlink(missing_ok=True)
@@ -163,7 +165,7 @@ def _train_watched(
         write_file(run.plan, json.dumps(plan.as_json(), indent=1) + "\n")
         collect_model_files(config, store, run)
         record: AbstractContextManager[Record] = recorded(
-            config, run, plan, feed, restored, changes, devices.memory_probe(kind)
+            config, run, plan, feed, restored, changes, devices.memory_probe(kind), [place["host"] for place in places]
         )
     else:
         record = nullcontext(Record([], lambda final, stopped, reason: None))
@@ -180,6 +182,8 @@ def _train_watched(
             observers=observed.observers,
             stop=stop,
             on_phase=on_phase,
+            rank=world.rank,
+            world_size=world.world_size,
         )
         final, stopped = fit(loop, state)
         observed.finish(final, stopped, stop.requested)

@@ -66,6 +66,23 @@ class StepSeconds:
 
 
 @dataclass(frozen=True)
+class OwnTime:
+    """When a rank began a step, and its place among the ranks."""
+
+    began: float = 0.0
+    blocked_before: float = 0.0
+    rank: int = 0
+    ranks: int = 1
+
+    def of_all_ranks(self) -> list[float]:
+        """This rank's part of the sum that tells how long each rank worked: its own time so far, zero for others."""
+        times = [0.0] * self.ranks
+        blocked = collectives.blocked_seconds() - self.blocked_before
+        times[self.rank] = time.monotonic() - self.began - blocked
+        return times
+
+
+@dataclass(frozen=True)
 class Loop:
     """What the loop works on."""
 
@@ -80,6 +97,8 @@ class Loop:
     observers: Sequence[Observer]
     stop: StopFlag
     on_phase: OnPhase = lambda phase, step: None
+    rank: int = 0
+    world_size: int = 1
 
 
 def fit(loop: Loop, state: TrainState) -> tuple[TrainState, bool]:
@@ -90,11 +109,13 @@ def fit(loop: Loop, state: TrainState) -> tuple[TrainState, bool]:
     stopping = False
     while state.step < loop.max_steps and not stopping:
         started = time.monotonic()
+        blocked = collectives.blocked_seconds()
         step = state.step + 1
         loop.on_phase("data", step)
         batch = loop.feed.next_step()
         waited = time.monotonic() - started
-        result = train_step(loop.engine, batch, loop.stop, partial(_at, loop.on_phase, step))
+        own = OwnTime(started, blocked, loop.rank, loop.world_size)
+        result = train_step(loop.engine, batch, loop.stop, partial(_at, loop.on_phase, step), own)
         state = state.after(result)
         loop.on_phase("observe", step)
         seconds = StepSeconds(time.monotonic() - started, waited)
@@ -126,7 +147,11 @@ def _at(on_phase: OnPhase, step: int, phase: str) -> None:
 
 
 def train_step(
-    engine: Engine, batch: StepBatch, stop: StopFlag, begins: Callable[[str], None] = lambda phase: None
+    engine: Engine,
+    batch: StepBatch,
+    stop: StopFlag,
+    begins: Callable[[str], None] = lambda phase: None,
+    own: OwnTime | None = None,
 ) -> StepResult:
     """One optimizer step over the global batch. All ranks call it with their share of the same batch.
 
@@ -146,7 +171,8 @@ def train_step(
     # Read back only now: asking for a number earlier would make a GPU wait between micro-batches.
     summed = float(torch.stack(losses).double().sum())
     begins("agree")
-    total, asked = collectives.add_up([summed, 1.0 if stop.requested else 0.0])
+    times = own.of_all_ranks() if own is not None else []
+    total, asked, *rank_seconds = collectives.add_up([summed, 1.0 if stop.requested else 0.0, *times])
     return StepResult(
         loss=total / batch.supervised_tokens,
         gradient_norm=gradient_norm,
@@ -155,4 +181,5 @@ def train_step(
         tokens=batch.tokens,
         applied=applied,
         stop_asked=asked > 0,
+        rank_seconds=tuple(rank_seconds),
     )
