@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import time
@@ -20,13 +21,16 @@ from trainer.data.store import TokenStore, open_store
 from trainer.data.store.packing import RowPlan
 from trainer.durable import write_file
 from trainer.engine import device as devices
-from trainer.errors import ConfigError, DataError, UsageError
+from trainer.errors import ConfigError, DataError, DivergedError, UsageError
 from trainer.loop import Loop, OnPhase, StopFlag, fit
 from trainer.observe.faults import Faults, PoisonedEngine, planned
+from trainer.observe.forensics import Forensics
 from trainer.observe.heartbeat import Heartbeat
 from trainer.observe.phases import Phases
+from trainer.observe.quarantine import put_into_quarantine, quarantined_positions
 from trainer.observe.record import Record, recorded
 from trainer.observe.watchdog import Post
+from trainer.observe.weights import refuse_bad_weights
 from trainer.plan import make_plan
 from trainer.prepare import (
     changed_settings,
@@ -45,6 +49,8 @@ from trainer.prepare import (
 from trainer.run_directory import RunDirectory
 from trainer.state import TrainState
 from trainer.world import World
+
+MOST_REWINDS = 3
 
 
 def train(config: Config, world: World, stop: StopFlag, listener: socket | None = None) -> None:
@@ -77,7 +83,18 @@ def train_joined(config: Config, world: World, stop: StopFlag, run: RunDirectory
     post = Post(world.rank, world.world_size, os.getpid(), str(run.path), first["attempt"])
     heartbeat = Heartbeat(post, config.engine.hang_seconds, config.engine.timeout_seconds)
     with closing(heartbeat):
-        _train_watched(config, world, stop, run, kind, Phases([heartbeat, faults]), faults)
+        for rewinds_left in reversed(range(MOST_REWINDS + 1)):
+            skipped: list[dict[str, Any]] = []
+            try:
+                _train_watched(config, world, stop, run, kind, Phases([heartbeat, faults]), faults, skipped)
+                return
+            except DivergedError as error:
+                if config.train.on_divergence != "rewind" or not rewinds_left or not skipped:
+                    raise
+                if world.is_first:
+                    put_into_quarantine(run.path, skipped)
+                    print(f"rewinding: {error.fact}; the rows of {len(skipped)} steps are left out", flush=True)
+            gc.collect()
 
 
 def _train_watched(
@@ -88,6 +105,7 @@ def _train_watched(
     kind: devices.DeviceType,
     on_phase: Phases,
     faults: Faults,
+    skipped: list[dict[str, Any]],
 ) -> None:
     from trainer import collectives
     from trainer.checkpoint.resume import Checkpointer
@@ -134,6 +152,7 @@ def _train_watched(
         micro_batch_size=config.train.micro_batch_size,
         rank=world.rank,
         world_size=world.world_size,
+        quarantined=_quarantined(run, world),
     )
     check_model(
         engine,
@@ -169,7 +188,7 @@ def _train_watched(
         )
     else:
         record = nullcontext(Record([], lambda final, stopped, reason: None))
-    with record as observed, closing(feed):
+    with closing(engine), record as observed, closing(feed):
         loop = Loop(
             engine=engine,
             feed=feed,
@@ -184,12 +203,24 @@ def _train_watched(
             on_phase=on_phase,
             rank=world.rank,
             world_size=world.world_size,
+            on_skip=Forensics(run.path, engine, store, rows, world, skipped).on_skip,
+            before_save=lambda state: refuse_bad_weights(engine, state.step),
         )
         final, stopped = fit(loop, state)
         observed.finish(final, stopped, stop.requested)
-    engine.close()
     if cache is not None:
         cache.close()
+
+
+def _quarantined(run: RunDirectory, world: World) -> list[int]:
+    """The same on all ranks, whatever a shared file system shows them."""
+    from trainer import collectives
+
+    positions = quarantined_positions(run.path) if world.is_first else []
+    if positions:
+        print(f"{len(positions)} steps are in quarantine (quarantine.json): their rows are left out", flush=True)
+    found: list[int] = collectives.exchange({"positions": positions})[0]["positions"]
+    return found
 
 
 def refuse_shared_devices(ranks: Sequence[dict[str, str]]) -> None:

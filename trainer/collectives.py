@@ -56,7 +56,7 @@ def time_collectives() -> None:
     torch has no hook for it on gloo, but all its collectives, which are also DeepSpeed's, wait in `Work.wait`.
     """
     if dist.Work.wait is not _timed_wait:
-        dist.Work.wait = _timed_wait  # type: ignore[method-assign, assignment]
+        dist.Work.wait = _timed_wait  # type: ignore[method-assign]
 
 
 def blocked_seconds() -> float:

@@ -99,6 +99,10 @@ class Loop:
     on_phase: OnPhase = lambda phase, step: None
     rank: int = 0
     world_size: int = 1
+    on_skip: Callable[[TrainState, StepBatch, StepResult], None] = lambda state, batch, result: None
+    """Called on all ranks after a step that was not applied."""
+    before_save: Callable[[TrainState], None] = lambda state: None
+    """Called on all ranks; raises when the state must not be saved."""
 
 
 def fit(loop: Loop, state: TrainState) -> tuple[TrainState, bool]:
@@ -118,13 +122,16 @@ def fit(loop: Loop, state: TrainState) -> tuple[TrainState, bool]:
         result = train_step(loop.engine, batch, loop.stop, partial(_at, loop.on_phase, step), own)
         state = state.after(result)
         loop.on_phase("observe", step)
+        if not result.applied:
+            loop.on_skip(state, batch, result)
         seconds = StepSeconds(time.monotonic() - started, waited)
         for observer in loop.observers:
             observer.on_step(state, batch, result, seconds)
         if state.skipped_in_a_row >= loop.max_skipped_steps:
             raise DivergedError(
                 f"{state.skipped_in_a_row} steps in a row had a non-finite gradient, the last was step {state.step}",
-                "lower optimizer.learning_rate or look at the rows of these steps in steps/",
+                "lower optimizer.learning_rate, look at the rows of these steps in bad-steps/, or set "
+                "train.on_divergence=rewind to leave them out",
             )
         last = state.step == loop.max_steps
         stopping = result.stop_asked and not last
@@ -134,6 +141,7 @@ def fit(loop: Loop, state: TrainState) -> tuple[TrainState, bool]:
                 observer.on_evaluate(state, metrics)
         if last or stopping or state.step % loop.save_every == 0:
             loop.on_phase("save", state.step)
+            loop.before_save(state)
             began = time.monotonic()
             path = loop.save(state)
             for observer in loop.observers:
