@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "goodput": ("tools.goodput", "where the time of a run went, and how often it should save"),
     "prove": ("tools.prove", "are two runs equal, step by step; if not, where and why they part"),
     "drill": ("tools.drill", "run a small job under random faults and show that nothing is lost"),
+    "blame": ("tools.blame", "which documents made a step, and which of them hurt"),
     "export": ("tools.export", "turn a checkpoint into a safetensors model and prove it"),
     "quantize": ("tools.quantize", "make a smaller model and say what it lost"),
     "eval": ("tools.eval", "exact match of a model's answers on held-out prompts"),

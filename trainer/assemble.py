@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import time
@@ -23,16 +24,19 @@ from trainer.data.store import TokenStore, open_store
 from trainer.data.store.packing import RowPlan
 from trainer.durable import write_file
 from trainer.engine import device as devices
-from trainer.errors import ConfigError, DataError, UsageError
+from trainer.errors import ConfigError, DataError, DivergedError, UsageError
 from trainer.loop import Loop, OnPhase, StopFlag, fit
 from trainer.observe.events import EventLedger
 from trainer.observe.faults import Faults, PoisonedEngine, planned
+from trainer.observe.forensics import Forensics
 from trainer.observe.heartbeat import Heartbeat
 from trainer.observe.interval import save_schedule
 from trainer.observe.phases import Phases
+from trainer.observe.quarantine import put_into_quarantine, quarantined_positions
 from trainer.observe.record import Record, recorded
 from trainer.observe.time_ledger import TimeLedger
 from trainer.observe.watchdog import Post
+from trainer.observe.weights import refuse_bad_weights
 from trainer.plan import make_plan
 from trainer.prepare import (
     changed_settings,
@@ -55,6 +59,8 @@ from trainer.world import World
 
 if TYPE_CHECKING:
     from trainer.checkpoint.resume import Checkpointer
+
+MOST_REWINDS = 3
 
 
 def train(
@@ -99,15 +105,27 @@ def train_joined(
     """The same, inside a process group that exists already and outlives the run; rank 0 holds the run's lock."""
     from trainer import collectives
 
+    collectives.time_collectives()
     faults = Faults(planned(os.environ), world.rank, run.path)
     first = collectives.exchange({"attempt": f"{os.getpid()}-{time.time():.3f}"})[0]
     post = Post(world.rank, world.world_size, os.getpid(), str(run.path), first["attempt"])
     heartbeat = Heartbeat(post, config.engine.hang_seconds, config.engine.timeout_seconds)
-    times = TimeLedger(run, world.world_size) if world.is_first else None
-    # Faults come last: what they strike down in a phase has begun it.
-    on_phase = Phases([heartbeat, faults] if times is None else [heartbeat, times, faults])
     with closing(heartbeat):
-        _train_watched(config, world, stop, run, kind, on_phase, faults, times, allow_changes, lock)
+        for rewinds_left in reversed(range(MOST_REWINDS + 1)):
+            skipped: list[dict[str, Any]] = []
+            times = TimeLedger(run, world.world_size) if world.is_first else None
+            # Faults come last: what they strike down in a phase has begun it.
+            on_phase = Phases([heartbeat, faults] if times is None else [heartbeat, times, faults])
+            try:
+                _train_watched(config, world, stop, run, kind, on_phase, faults, times, skipped, allow_changes, lock)
+                return
+            except DivergedError as error:
+                if config.train.on_divergence != "rewind" or not rewinds_left or not skipped:
+                    raise
+                if world.is_first:
+                    put_into_quarantine(run.path, skipped)
+                    print(f"rewinding: {error.fact}; the rows of {len(skipped)} steps are left out", flush=True)
+            gc.collect()
 
 
 def _train_watched(
@@ -119,6 +137,7 @@ def _train_watched(
     on_phase: Phases,
     faults: Faults,
     times: TimeLedger | None,
+    skipped: list[dict[str, Any]],
     allow_changes: Sequence[str],
     lock: RunLock | None,
 ) -> None:
@@ -128,7 +147,8 @@ def _train_watched(
 
     on_phase("start", 0)
     device = devices.torch_device(kind, world.local_rank)
-    refuse_shared_devices(collectives.exchange({"host": gethostname(), "device": devices.device_name(device)}))
+    places = collectives.exchange({"host": gethostname(), "device": devices.device_name(device)})
+    refuse_shared_devices(places)
     if world.is_first:
         # Under the lock: before it these may be those of a run that is just ending.
         run.stopped.unlink(missing_ok=True)
@@ -166,6 +186,7 @@ def _train_watched(
         micro_batch_size=config.train.micro_batch_size,
         rank=world.rank,
         world_size=world.world_size,
+        quarantined=_quarantined(run, world),
     )
     check_model(
         engine,
@@ -214,12 +235,13 @@ def _train_watched(
             restored,
             changes,
             devices.memory_probe(kind),
+            [place["host"] for place in places],
             partial(devices.generator_states, kind),
             times,
         )
     else:
         record = nullcontext(Record([], lambda final, stopped, reason: None))
-    with record as observed, closing(feed):
+    with closing(engine), record as observed, closing(feed):
         loop = Loop(
             engine=engine,
             feed=feed,
@@ -232,10 +254,13 @@ def _train_watched(
             observers=observed.observers,
             stop=stop,
             on_phase=on_phase,
+            rank=world.rank,
+            world_size=world.world_size,
+            on_skip=Forensics(run.path, engine, store, rows, world, skipped).on_skip,
+            before_save=lambda state: refuse_bad_weights(engine, state.step),
         )
         final, stopped = fit(loop, state)
         observed.finish(final, stopped, stop.requested)
-    engine.close()
     if cache is not None:
         cache.close()
 
@@ -245,6 +270,17 @@ def _allowed(checkpointer: Checkpointer, restored: TrainState) -> list[str]:
     saved = read_manifest(step_directory(checkpointer.directory, restored.step)).identity
     differences = identity_differences(saved, checkpointer.identity)
     return [f"{change} (--allow-change {key})" for key, change in differences.items()]
+
+
+def _quarantined(run: RunDirectory, world: World) -> list[int]:
+    """The same on all ranks, whatever a shared file system shows them."""
+    from trainer import collectives
+
+    positions = quarantined_positions(run.path) if world.is_first else []
+    if positions:
+        print(f"{len(positions)} steps are in quarantine (quarantine.json): their rows are left out", flush=True)
+    found: list[int] = collectives.exchange({"positions": positions})[0]["positions"]
+    return found
 
 
 def refuse_shared_devices(ranks: Sequence[dict[str, str]]) -> None:

@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import os
 import socket
+import time
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import wraps
 from typing import Any
 
 import torch
@@ -43,6 +45,36 @@ def bound_all_groups(timeout_seconds: int) -> None:
     """
     for group in list(dist.distributed_c10d._world.pg_map):
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_seconds), group)
+
+
+_blocked_seconds = 0.0
+
+
+def time_collectives() -> None:
+    """Have `blocked_seconds` count from now on.
+
+    torch has no hook for it on gloo, but all its collectives, which are also DeepSpeed's, wait in `Work.wait`.
+    """
+    if dist.Work.wait is not _timed_wait:
+        dist.Work.wait = _timed_wait  # type: ignore[method-assign]
+
+
+def blocked_seconds() -> float:
+    """How long this process has waited in collectives so far. What a GPU waits for is not in it."""
+    return _blocked_seconds
+
+
+_wait = dist.Work.wait
+
+
+@wraps(_wait)
+def _timed_wait(*arguments: Any, **named: Any) -> bool:
+    global _blocked_seconds  # noqa: PLW0603
+    began = time.perf_counter()
+    try:
+        return _wait(*arguments, **named)
+    finally:
+        _blocked_seconds += time.perf_counter() - began
 
 
 def add_up(values: Sequence[float]) -> list[float]:

@@ -66,6 +66,23 @@ class StepSeconds:
 
 
 @dataclass(frozen=True)
+class OwnTime:
+    """When a rank began a step, and its place among the ranks."""
+
+    began: float = 0.0
+    blocked_before: float = 0.0
+    rank: int = 0
+    ranks: int = 1
+
+    def of_all_ranks(self) -> list[float]:
+        """This rank's part of the sum that tells how long each rank worked: its own time so far, zero for others."""
+        times = [0.0] * self.ranks
+        blocked = collectives.blocked_seconds() - self.blocked_before
+        times[self.rank] = time.monotonic() - self.began - blocked
+        return times
+
+
+@dataclass(frozen=True)
 class Loop:
     """What the loop works on."""
 
@@ -81,6 +98,12 @@ class Loop:
     observers: Sequence[Observer]
     stop: StopFlag
     on_phase: OnPhase = lambda phase, step: None
+    rank: int = 0
+    world_size: int = 1
+    on_skip: Callable[[TrainState, StepBatch, StepResult], None] = lambda state, batch, result: None
+    """Called on all ranks after a step that was not applied."""
+    before_save: Callable[[TrainState], None] = lambda state: None
+    """Called on all ranks; raises when the state must not be saved."""
 
 
 def fit(loop: Loop, state: TrainState) -> tuple[TrainState, bool]:
@@ -91,20 +114,25 @@ def fit(loop: Loop, state: TrainState) -> tuple[TrainState, bool]:
     stopping = False
     while state.step < loop.max_steps and not stopping:
         started = time.monotonic()
+        blocked = collectives.blocked_seconds()
         step = state.step + 1
         loop.on_phase("data", step)
         batch = loop.feed.next_step()
         waited = time.monotonic() - started
-        result = train_step(loop.engine, batch, loop.stop, partial(_at, loop.on_phase, step))
+        own = OwnTime(started, blocked, loop.rank, loop.world_size)
+        result = train_step(loop.engine, batch, loop.stop, partial(_at, loop.on_phase, step), own)
         state = state.after(result)
         loop.on_phase("observe", step)
+        if not result.applied:
+            loop.on_skip(state, batch, result)
         seconds = StepSeconds(time.monotonic() - started, waited)
         for observer in loop.observers:
             observer.on_step(state, batch, result, seconds)
         if state.skipped_in_a_row >= loop.max_skipped_steps:
             raise DivergedError(
                 f"{state.skipped_in_a_row} steps in a row had a non-finite gradient, the last was step {state.step}",
-                "lower optimizer.learning_rate or look at the rows of these steps in steps/",
+                "lower optimizer.learning_rate, look at the rows of these steps in bad-steps/, or set "
+                "train.on_divergence=rewind to leave them out",
             )
         last = state.step == loop.max_steps
         stopping = result.stop_asked and not last
@@ -114,6 +142,7 @@ def fit(loop: Loop, state: TrainState) -> tuple[TrainState, bool]:
                 observer.on_evaluate(state, metrics)
         if loop.save_due(state.step) or last or stopping:
             loop.on_phase("save", state.step)
+            loop.before_save(state)
             began = time.monotonic()
             path = loop.save(state)
             for observer in loop.observers:
@@ -127,7 +156,11 @@ def _at(on_phase: OnPhase, step: int, phase: str) -> None:
 
 
 def train_step(
-    engine: Engine, batch: StepBatch, stop: StopFlag, begins: Callable[[str], None] = lambda phase: None
+    engine: Engine,
+    batch: StepBatch,
+    stop: StopFlag,
+    begins: Callable[[str], None] = lambda phase: None,
+    own: OwnTime | None = None,
 ) -> StepResult:
     """One optimizer step over the global batch. All ranks call it with their share of the same batch.
 
@@ -147,7 +180,8 @@ def train_step(
     # Read back only now: asking for a number earlier would make a GPU wait between micro-batches.
     summed = float(torch.stack(losses).double().sum())
     begins("agree")
-    total, asked = collectives.add_up([summed, 1.0 if stop.requested else 0.0])
+    times = own.of_all_ranks() if own is not None else []
+    total, asked, *rank_seconds = collectives.add_up([summed, 1.0 if stop.requested else 0.0, *times])
     return StepResult(
         loss=total / batch.supervised_tokens,
         gradient_norm=gradient_norm,
@@ -156,4 +190,5 @@ def train_step(
         tokens=batch.tokens,
         applied=applied,
         stop_asked=asked > 0,
+        rank_seconds=tuple(rank_seconds),
     )

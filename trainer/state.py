@@ -25,6 +25,8 @@ class StepResult:
     """False when the step was skipped for a non-finite gradient."""
     stop_asked: bool
     """Some rank was asked to stop."""
+    rank_seconds: tuple[float, ...] = ()
+    """How long each rank worked on this step, waiting for other ranks left out."""
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,40 @@ def train_poisoned(world: Any, kind: str, values: dict[str, Any], rank: int, ste
         DeepSpeedEngine.summed_loss = original  # type: ignore[method-assign]
 
 
+def train_with_faults(world: Any, kind: str, values: dict[str, Any], faults: str) -> str | None:
+    """Case: as `train`, with the faults of `trainer.observe.faults`."""
+    import os
+
+    from trainer.observe.faults import FAULTS
+
+    os.environ[FAULTS] = faults
+    try:
+        return train(world, kind, values)
+    finally:
+        del os.environ[FAULTS]
+
+
+def train_with_spoiled_weights(world: Any, kind: str, values: dict[str, Any], rank: int, step: int) -> str | None:
+    """Case: as `train`, but after the optimizer step of `step` one master weight of `rank` is infinite."""
+    from trainer.engine.deepspeed_engine import DeepSpeedEngine
+
+    original, steps = DeepSpeedEngine.step, 0
+
+    def spoiled(self: DeepSpeedEngine) -> tuple[float, bool]:
+        nonlocal steps
+        steps += 1
+        result = original(self)
+        if world.rank == rank and steps == step:
+            self.owned_slices()[0].tensors["master"][0] = float("inf")
+        return result
+
+    DeepSpeedEngine.step = spoiled  # type: ignore[method-assign]
+    try:
+        return train(world, kind, values)
+    finally:
+        DeepSpeedEngine.step = original  # type: ignore[method-assign]
+
+
 def train_with_full_disk(world: Any, kind: str, values: dict[str, Any], rank: int) -> str | None:
     """Case: as `train`, but writing slices fails on `rank` as on a full disk."""
     import errno

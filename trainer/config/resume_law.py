@@ -49,6 +49,7 @@ LAW: dict[str, Change] = {
     "train.micro_batch_size": "free",
     "train.max_gradient_norm": "tunable",
     "train.max_skipped_steps": "free",
+    "train.on_divergence": "free",
     "optimizer.type": "identity",
     "optimizer.learning_rate": "tunable",
     "optimizer.weight_decay": "tunable",

@@ -178,7 +178,10 @@ class Train(Section):
     max_gradient_norm: NonNegativeFloat = 1.0
     """Gradients are clipped to this global norm; 0 switches clipping off."""
     max_skipped_steps: Count = 10
-    """Steps in a row that may be skipped for a non-finite gradient before the run stops with exit code 78."""
+    """Steps in a row that may be skipped for a non-finite gradient before `on_divergence` is done."""
+    on_divergence: Literal["stop", "rewind"] = "stop"
+    """stop: end with exit code 78. rewind: go back to the newest checkpoint and leave out the rows of the skipped steps
+    (run.dir/quarantine.json), at most three times in a start."""
 
     @model_validator(mode="after")
     def _micro_batch_fits(self) -> Train:

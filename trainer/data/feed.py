@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -61,6 +61,7 @@ class Feed:
         micro_batch_size: rows a rank processes at once.
         rank: this process, 0 to world_size - 1.
         world_size: number of ranks that share the global batch (the data-parallel size).
+        quarantined: positions whose steps are left out, however many ranks there are.
 
     Raises:
         DataError: the plan has no rows.
@@ -76,6 +77,7 @@ class Feed:
         micro_batch_size: int,
         rank: int,
         world_size: int,
+        quarantined: Collection[int] = (),
     ) -> None:
         if plan.n_rows == 0:
             raise DataError(f"{store.location} has no row to train on", "see steadfast data inspect")
@@ -88,11 +90,12 @@ class Feed:
         self._micro_batch_size = micro_batch_size
         self._rank = rank
         self._world_size = world_size
+        self._quarantined = frozenset(quarantined)
         self._position = 0
         self._ahead: _Ahead | None = None
 
     def next_step(self) -> StepBatch:
-        """The next step; moves the position by one global batch.
+        """The next step that is not in quarantine; moves the position to its end.
 
         Raises whatever went wrong while it was assembled: DataError for a damaged shard, MissingInputError for one
         that cannot be fetched, and so on.
@@ -100,7 +103,7 @@ class Feed:
         if self._ahead is None:
             self._ahead = _Ahead(self._steps(self._position))
         batch = self._ahead.take()
-        self._position += self._global_batch_size
+        self._position = batch.position + self._global_batch_size
         return batch
 
     def close(self) -> None:
@@ -135,11 +138,12 @@ class Feed:
                 some = steps[begin : begin + looked_up]
                 if self._store.is_remote:
                     self._expect(position, some[0])
-                dealt = np.stack([_deal(rows, self._micro_batch_size, self._rank, self._world_size) for rows in some])
+                dealt = np.stack([deal(rows, self._micro_batch_size, self._rank, self._world_size) for rows in some])
                 layouts = iter(look_up(self._store, self._plan, dealt.reshape(-1)))
                 for rows, mine in zip(some, dealt, strict=True):
                     micro_batches = [assembler.assemble([*islice(layouts, len(micro_batch))]) for micro_batch in mine]
-                    yield self._step(position, rows, micro_batches)
+                    if position not in self._quarantined:
+                        yield self._step(position, rows, micro_batches)
                     position += size
 
     def _step(self, position: int, rows: NDArray[np.int64], micro_batches: Sequence[MicroBatch]) -> StepBatch:
@@ -218,11 +222,11 @@ def evaluation_batches(
     count = min(max_rows, plan.n_rows)
     rows = np.arange(count, dtype=np.int64) * plan.n_rows // max(count, 1)
     assembler = Assembler(store, plan)
-    for mine in _deal(rows, micro_batch_size, rank, world_size):
+    for mine in deal(rows, micro_batch_size, rank, world_size):
         yield assembler.assemble(look_up(store, plan, mine))
 
 
-def _deal(rows: NDArray[np.int64], micro_batch_size: int, rank: int, world_size: int) -> NDArray[np.int64]:
+def deal(rows: NDArray[np.int64], micro_batch_size: int, rank: int, world_size: int) -> NDArray[np.int64]:
     """This rank's rows, [micro-batches, micro-batch size]; slots beyond the rows are EMPTY_ROW."""
     count = micro_batches(len(rows), micro_batch_size, world_size)
     slots = np.full((count, world_size, micro_batch_size), EMPTY_ROW, dtype=np.int64)

@@ -26,7 +26,7 @@ Kinds:
 
     kill term stop   the rank gets SIGKILL, SIGTERM, SIGSTOP
     sleep            the rank sleeps `seconds` (an hour, when 0) in its main thread
-    spin             the same, but in C code that keeps the interpreter's lock
+    spin             the main thread computes for ever in C code that keeps the interpreter's lock
     nan              forward: loss and gradient of this micro-batch are NaN; backward: the gradient only
     raise            RuntimeError
     enospc           OSError, no space left on device
@@ -36,10 +36,10 @@ Torch-free.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -68,7 +68,7 @@ class Fault:
     step: int
     kind: Kind
     seconds: float = 0.0
-    """How long a sleep or spin lasts."""
+    """How long a sleep lasts."""
     after: float = 0.0
     """Signals only: seconds between the begin of the phase and the signal."""
 
@@ -150,8 +150,8 @@ class Faults:
         elif fault.kind == "sleep":
             time.sleep(fault.seconds or 3600.0)
         elif fault.kind == "spin":
-            # A PyDLL call keeps the interpreter's lock: no other Python thread of this process runs meanwhile.
-            ctypes.PyDLL(None).usleep(int(1e6 * (fault.seconds or 3600.0)))
+            # Exponential in the length of the text, and all of it inside one call that no other thread can interrupt.
+            re.match("(a+)+b", "a" * 64)
         elif fault.kind == "nan":
             self._poisoned.add(fault.phase)
         elif fault.kind == "enospc":

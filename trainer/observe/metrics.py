@@ -12,6 +12,7 @@ from typing import Protocol
 from trainer.data.feed import StepBatch
 from trainer.loop import StepSeconds
 from trainer.observe.ledger import JsonLines, cut_back
+from trainer.observe.stragglers import pace
 from trainer.state import StepResult, TrainState
 
 
@@ -69,6 +70,7 @@ class Metrics:
             "time/data_wait_ms": 1e3 * self._data_wait / self._steps,
             "time/step_ms": 1e3 * seconds.total,
             **self._time_totals(),
+            **pace(result.rank_seconds),
         }
         self._tokens, self._steps, self._data_wait, self._since = 0, 0, 0.0, time.monotonic()
         self._write(state.step, metrics)

@@ -18,6 +18,7 @@ from trainer.observe.guard import Guarded
 from trainer.observe.metrics import Metrics, MetricsFile, Sink
 from trainer.observe.progress import progress_for_stdout
 from trainer.observe.step_ledger import StepLedger
+from trainer.observe.stragglers import Stragglers
 from trainer.observe.tensorboard import TensorBoard
 from trainer.observe.time_ledger import TimeLedger
 from trainer.plan import Plan
@@ -43,13 +44,14 @@ def recorded(
     restored: TrainState | None,
     changes: Sequence[str],
     peak_memory_gib: Callable[[], float],
+    hosts: Sequence[str],
     generators: Callable[[], dict[str, Any]],
     times: TimeLedger,
 ) -> Iterator[Record]:
     """Open the ledgers, cut back to the restored step, and close them whatever happens; a failure is recorded too.
 
-    `changes` are the settings that differ from the previous start; `generators` tells the state of the random number
-    generators of this rank. Rank 0 only.
+    `changes` are the settings that differ from the previous start, `hosts` those of all ranks; `generators` tells the
+    state of the random number generators of this rank. Rank 0 only.
     """
     state = restored or TrainState()
     # From here on the previous outcome is no longer how the run ended.
@@ -66,7 +68,8 @@ def recorded(
         time_totals=times.totals,
     )
     ledger = StepLedger(run.step_ledger, feed, state.step, plan.world_size, generators)
-    observers: list[Observer] = [Guarded(observer) for observer in (times, events, ledger, metrics)]
+    stragglers = Stragglers(hosts, events.record)
+    observers: list[Observer] = [Guarded(observer) for observer in (times, events, ledger, metrics, stragglers)]
     event = "resume" if restored else "start"
     events.record(event, step=state.step, world_size=plan.world_size, changes=list(changes))
     _say_where_we_begin(config, plan, state, changes)

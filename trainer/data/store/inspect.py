@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -34,8 +34,13 @@ def inspect_rows(store: TokenStore, first: int, count: int) -> list[dict[str, An
         raise UsageError(
             f"rows {first} to {first + count - 1} are not in the store", f"it has rows 0 to {plan.n_rows - 1}"
         )
+    return decoded_rows(store, plan, range(first, min(first + count, plan.n_rows)))
+
+
+def decoded_rows(store: TokenStore, plan: RowPlan, rows: Iterable[int]) -> list[dict[str, Any]]:
+    """These rows of `plan`, as `inspect_rows` describes them."""
     tokenizer = load_tokenizer(store.tokenizer_path)
-    return [_row(store, plan, tokenizer, row) for row in range(first, min(first + count, plan.n_rows))]
+    return [_row(store, plan, tokenizer, row) for row in rows]
 
 
 def _row(store: TokenStore, plan: RowPlan, tokenizer: Any, row: int) -> dict[str, Any]:

@@ -1,0 +1,47 @@
+"""Norms of the weights, and the refusal to save weights that are no numbers. Every rank calls these together."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import torch
+
+from trainer import collectives
+from trainer.engine.protocol import SavableEngine
+from trainer.errors import DivergedError
+
+
+def layer_of(parameter: str) -> str:
+    """The layer of a parameter: its name up to the first number, e.g. model.layers.3; else the module that has it."""
+    found = re.match(r"(.*?\.\d+)\.", parameter)
+    return found.group(1) if found else parameter.rpartition(".")[0] or parameter
+
+
+def layer_norms(engine: SavableEngine) -> dict[str, tuple[float, float]]:
+    """L2 norms of each layer's master weights and of its moments over all ranks, in model order.
+
+    One pass over what each rank owns. A norm is not finite when any element is not.
+    """
+    layers = list(dict.fromkeys(layer_of(name) for name, _ in engine.language_model.named_parameters()))
+    squares = {layer: [0.0, 0.0] for layer in layers}
+    with torch.no_grad():
+        for piece in engine.owned_slices():
+            for kind, tensor in piece.tensors.items():
+                square = float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
+                squares[layer_of(piece.name)][0 if kind == "master" else 1] += square
+    sums = collectives.add_up([value for layer in layers for value in squares[layer]])
+    # The sum over ranks of squares beyond float64 is infinite, and so are the weights by then.
+    roots = [math.sqrt(value) if value >= 0 else value for value in sums]
+    return {layer: (roots[2 * index], roots[2 * index + 1]) for index, layer in enumerate(layers)}
+
+
+def refuse_bad_weights(engine: SavableEngine, step: int) -> None:
+    """Raise DivergedError on all ranks when weights or moments are not finite: such a state is never saved."""
+    bad = [layer for layer, norms in layer_norms(engine).items() if not all(map(math.isfinite, norms))]
+    if bad:
+        more = f" and {len(bad) - 1} more layers" if len(bad) > 1 else ""
+        raise DivergedError(
+            f"the weights or moments of {bad[0]}{more} are not finite at step {step}, which is not saved",
+            "the newest checkpoint is from before; lower optimizer.learning_rate, then start again",
+        )
