@@ -28,7 +28,7 @@ def drill(capsys, tmp_path, store, faults, count, seed):
 @pytest.mark.timeout(900)
 def test_five_kills_of_ranks_and_launcher_end_with_equal_weights(capsys, tmp_path, store):
     """The seed is one whose five kills hit a rank, all ranks and the launcher."""
-    seed = 4
+    seed = 32
     (planned,) = plan_drill(["kill"], 5, seed, 2, small_disk=False)
     assert {strike.victim.partition(" ")[0] for strike in planned.strikes} == {"rank", "all", "launcher"}
     rows = drill(capsys, tmp_path, store, "kill", 5, seed)

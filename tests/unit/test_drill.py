@@ -88,6 +88,14 @@ def test_a_fault_that_never_fired_is_a_problem(tmp_path, run):
     assert (ended.code, ended.problem) == (0, "")
 
 
+def test_where_all_ranks_are_struck_one_may_take_the_others_down(tmp_path, run):
+    both = [fail_at(0, "step", 3), fail_at(1, "step", 3)]
+    assert attempt(python(noted(run, both[0])), run, tmp_path / "log", both, one_is_enough=True).problem == ""
+    other = [fail_at(0, "step", 4), fail_at(1, "step", 4)]
+    assert attempt(python("pass"), run, tmp_path / "log", other, one_is_enough=True).problem == "the fault never fired"
+    assert attempt(python(noted(run, other[0])), run, tmp_path / "log", other).problem == "the fault never fired"
+
+
 def test_a_strike_comes_once_the_fault_has_fired_and_the_last_words_are_kept(tmp_path, run):
     fault = fail_at(0, "step", 3, "sleep")
     code = "import sys, time\nsys.stderr.write('first\\nlast words\\n')\nsys.stderr.flush()\n" + noted(run, fault)

@@ -30,20 +30,22 @@ PHASES: dict[Place, tuple[str, ...]] = {
     "load": ("load", "restore"),
     "step": ("data", "forward", "backward", "step", "agree", "observe"),
     "evaluation": ("evaluate",),
-    "mid-save": ("save:write",),
+    "mid-save": ("save", "save:write"),
     "commit": ("save:commit",),
 }
 FAULTS_A_ROUND = 5
 SAVE_EVERY = 2
 STRETCH = 4
 KEEP = 3
+WITHIN_SAVE_SECONDS = 0.03
+"""A signal in phase `save` comes at a random moment up to this long after its beginning: wherever the save is then."""
 PAUSE_SECONDS = 3.0
 """How long a rank waits where a fault comes from outside: the launcher is struck, or the disk filled, meanwhile."""
 
 
 @dataclass(frozen=True)
 class Strike:
-    """One fault of a drill."""
+    """One fault of a drill; each fires at the begin of its phase, but for those inside `save`."""
 
     kind: Kind
     victim: str
@@ -159,5 +161,6 @@ def _strike(kind: Kind, number: int, chance: random.Random, ranks: int, *, small
         return Strike(kind, victim, phase, step, True, pauses)
     signal = "kill" if kind == "flip" else kind
     struck = range(ranks) if victim == "all ranks" else [rank]
-    faults = tuple(fail_at(each, phase, step, signal, number) for each in struck)
+    after = chance.uniform(0, WITHIN_SAVE_SECONDS) if phase == "save" else 0.0
+    faults = tuple(fail_at(each, phase, step, signal, number, after=after) for each in struck)
     return Strike(kind, victim if victim == "all ranks" else f"rank {rank}", phase, step, False, faults)

@@ -79,9 +79,12 @@ class Job:
         run: RunDirectory,
         faults: Sequence[Fault] = (),
         strike: Callable[..., None] | None = None,
+        *,
+        one_is_enough: bool = False,
     ) -> Attempted:
         """Start it once and see it end."""
-        return attempt(self.command(run), run, self.directory / "logs" / f"{run.path.name}.txt", faults, strike)
+        log = self.directory / "logs" / f"{run.path.name}.txt"
+        return attempt(self.command(run), run, log, faults, strike, one_is_enough=one_is_enough)
 
 
 def carry_out(job: Job, rounds: Sequence[Round], seed: int, say: Say) -> Iterator[Row]:
@@ -173,7 +176,7 @@ def _strike(job: Job, run: RunDirectory, strike: Strike) -> Attempted:
         outside = fill(run.checkpoints)
     elif strike.outside:
         outside = signal_launcher(signal.SIGTERM if strike.kind == "term" else signal.SIGKILL)
-    return job.attempt(run, strike.faults, outside)
+    return job.attempt(run, strike.faults, outside, one_is_enough=not strike.outside)
 
 
 def _resumed(number: int, strike: Strike, ended: Attempted, reached: int, start: int | None) -> Row:
