@@ -130,10 +130,9 @@ def write_reference(run: RunDirectory, reference: dict[str, Any]) -> None:
 def run_with_restarts(attempt: Callable[[], Ending], config: Config, max_restarts: int) -> int:
     """Call `attempt` until it is done, is given up or was asked to stop; returns the exit code of the run.
 
-    With `max_restarts` 0 it is called once. A restart is said on stderr and noted in events.jsonl.
+    With `max_restarts` 0 it is called once. A restart is said on stderr; begin and end of every attempt are noted in
+    events.jsonl, so that no second of a run is without a class (`trainer.observe.goodput`).
     """
-    if max_restarts == 0:
-        return attempt().code
     run = RunDirectory(Path(config.run.dir))
     job = f"{socket.gethostname()}-{os.getpid()}-{int(time.time())}"
     history: list[Attempt] = []
@@ -144,6 +143,8 @@ def run_with_restarts(attempt: Callable[[], Ending], config: Config, max_restart
         history.append(ended(run, config, ending.code, "person" if ending.asked else "nobody"))
         decision = decide(history, max_restarts=max_restarts)
         record_end(run, job, history[-1], ending.blamed, decision)
+        if max_restarts == 0:
+            return ending.code
         if isinstance(decision, Done):
             return 0
         if isinstance(decision, GiveUp):

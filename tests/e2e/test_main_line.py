@@ -52,7 +52,9 @@ def line(tmp_path_factory):
 def test_training_resumed_and_everything_was_written_down(line):
     run = line / "runs/tiny"
     events = [json.loads(text)["event"] for text in (run / "events.jsonl").read_text().splitlines()]
-    assert events == ["start", "commit", "done", "resume", "commit", "commit", "done"]
+    assert events == [
+        "launch", "start", "commit", "done", "end", "launch", "resume", "commit", "commit", "done", "end",
+    ]  # fmt: skip
     metrics = [json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [entry["step"] for entry in metrics if "train/loss" in entry]
     assert steps == list(range(1, 13))
