@@ -88,6 +88,21 @@ def test_what_comes_after_the_last_sign_of_progress(code, phase, kind):
     assert account(after).seconds[kind] - account(before).seconds[kind] == 7
 
 
+def test_what_rank_0_waited_for_is_known_when_the_attempt_has_ended():
+    begin = [
+        (0, "launch"),
+        START,
+        (1, "load"),
+        (1, "train", {"resumed": 0}),
+        step(1, 1),
+        (30, "gone", {"failed": True}),
+    ]
+    stuck = spent(lines_of(*begin, (2, "end", {"exit_code": 71})))
+    assert stuck == {"start": 2, "load": 1, "compute": 1, "hang": 32}
+    broken = spent(lines_of(*begin, (2, "end", {"exit_code": 70})))
+    assert broken == {"start": 2, "load": 1, "compute": 1, "lost_work": 30, "shutdown": 2}
+
+
 def test_nothing_is_known_between_the_last_line_of_a_killed_process_and_the_next_start():
     lines = lines_of(
         START, (1, "load"), (1, "train", {"resumed": 0}), step(1, 1), (100, "start", {"process": "b", "ranks": 1})

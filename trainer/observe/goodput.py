@@ -126,6 +126,7 @@ def account(lines: Iterable[Mapping[str, Any]]) -> Table:
     ended_well: dict[int, bool] = {}
     resumes: list[tuple[int, int]] = []
     steps: list[tuple[int, float, int]] = []
+    cut_off: int | None = None
     for line in ordered:
         at = float(line["at"])
         match line["mark"]:
@@ -136,16 +137,23 @@ def account(lines: Iterable[Mapping[str, Any]]) -> Table:
                 state.until(at, "queue" if state.process is not None or state.launched else None)
                 state.attempt += 1
                 state.finish("start")
-                state.launched = True
+                state.launched, cut_off = True, None
             case "end":
                 code = int(line["exit_code"])
                 well = code in (0, StoppedOnRequest.exit_code)
+                if code in _STUCK and cut_off is not None:
+                    # Rank 0 could not know why its step did not come to an end.
+                    state.spans[cut_off] = replace(state.spans[cut_off], kind="hang")
+                cut_off = None
                 state.until(at, None if well else _cut_off(state.kind, code))
                 ended_well[state.attempt] = well
                 state.finish("queue")
                 state.launched = False
             case "gone":
+                before = len(state.spans)
                 state.until(at, _cut_off(state.kind, None) if line.get("failed") else None)
+                if line.get("failed") and len(state.spans) > before:
+                    cut_off = before
                 ended_well[state.attempt] = not line.get("failed")
                 state.finish("shutdown" if state.launched else "queue")
             case "step":
@@ -161,6 +169,7 @@ def account(lines: Iterable[Mapping[str, Any]]) -> Table:
                 state.at, state.step = at, number
             case kind if kind in PHASES:
                 if kind == "start":
+                    cut_off = None
                     if state.process is not None:
                         state.until(at, "queue")
                     else:
