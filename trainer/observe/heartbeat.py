@@ -18,7 +18,7 @@ from pathlib import Path
 
 from trainer.durable import write_errors
 from trainer.errors import HangError
-from trainer.observe.watchdog import EXIT_NOW, PAGE, Post
+from trainer.observe.watchdog import EXIT_NOW, PAGE, Post, verdict_of
 
 LEAST_SECONDS = 60.0
 TIMES_P95 = 10.0
@@ -45,6 +45,7 @@ class Heartbeat:
     """
 
     def __init__(self, post: Post, hang_seconds: float | None, timeout_seconds: float) -> None:
+        self._post = post
         self._hang_seconds = hang_seconds
         self._longest = 0.9 * timeout_seconds
         self._marks = self._steps = 0
@@ -89,7 +90,12 @@ class Heartbeat:
         PAGE.pack_into(self._page, 0, self._marks, step, now, bound, phase.encode()[:32])
 
     def close(self) -> None:
-        """Dismiss the watchdog; heartbeat and stacks are removed."""
+        """Dismiss the watchdog and remove the stacks; when the run was judged to hang, end with exit code 71.
+
+        The ranks end one after another: what a rank sees then, a broken connection, is not why the run ended.
+        """
+        if verdict_of(self._post) is not None:
+            os._exit(HangError.exit_code)
         faulthandler.unregister(signal.SIGUSR1)
         self._link.shutdown(socket.SHUT_RDWR)
         self._process.wait(_DISMISS_SECONDS)

@@ -96,6 +96,14 @@ def read_page(page: mmap.mmap) -> Mark:
             return Mark(marks, step, since, bound, phase.rstrip(b"\0").decode(errors="replace"))
 
 
+def verdict_of(post: Post) -> Verdict | None:
+    """The verdict over this attempt, when there is one."""
+    entry = _read(post.hang)
+    if not entry or entry.get("attempt") != post.attempt:
+        return None
+    return Verdict(tuple(entry["ranks"]), entry["verdict"])
+
+
 def main(post: Post, page_fd: int, link_fd: int) -> None:
     """Watch until the rank has ended or was ended."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
@@ -193,10 +201,7 @@ class _Watch:
                 os.kill(self._post.pid, signal.SIGKILL)
 
     def _verdict_of_the_first(self) -> Verdict | None:
-        entry = _within(_FILE_SECONDS, lambda: _read(self._post.hang))
-        if not entry or entry.get("attempt") != self._post.attempt:
-            return None
-        return Verdict(tuple(entry["ranks"]), entry["verdict"])
+        return _within(_FILE_SECONDS, lambda: verdict_of(self._post))
 
     def _is_still(self, rank: int, beat: dict[str, Any] | None) -> bool:
         return rank == self._post.rank or self._is_silent(rank, beat) or (beat is not None and bool(beat["stalled"]))
