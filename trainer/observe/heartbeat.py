@@ -41,7 +41,8 @@ class Heartbeat:
         hang_seconds: bound on each phase of a step; None: 60 seconds, or ten times the 95th percentile of a step's time
             if that is longer.
         timeout_seconds: that of the process group. Phases that may take long (loading, saving, the first step of a
-            process) get nine tenths of it, so that the watchdog speaks before the collectives do.
+            process) get nine tenths of it, so that the watchdog speaks before the collectives do, and three times as
+            much when no rank waits for another one.
     """
 
     def __init__(self, post: Post, hang_seconds: float | None, timeout_seconds: float) -> None:
@@ -87,7 +88,7 @@ class Heartbeat:
             self._first_step = step
         quick = phase in _OF_A_STEP and self._first_step is not None and step > self._first_step
         bound = self._bound if quick else self._longest
-        PAGE.pack_into(self._page, 0, self._marks, step, now, bound, phase.encode()[:32])
+        PAGE.pack_into(self._page, 0, self._marks, step, now, bound, not quick, phase.encode()[:32])
 
     def close(self) -> None:
         """Dismiss the watchdog and remove the stacks; when the run was judged to hang, end with exit code 71.
