@@ -2,14 +2,16 @@
 #   make demo   the whole line on this machine, about six minutes
 #   make test   all tests, no GPU and no network needed
 #   make check  format, lint, types, import directions
+#   make soak   the long random tests: hours of kills, crash states, corruption and mutated input; SEED=N replays
 #   make test-cluster  drills on a real Slurm of namespaces; skipped, with the reason, where rights are missing
 #
 # PYTHON  the interpreter to start from. A suitable torch it already has is kept and never replaced.
 # TORCH   what to install when there is none.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+SEED ?= $(shell date +%Y%m%d)
 
-.PHONY: demo test test-cluster check install clean
+.PHONY: demo test test-cluster check soak install clean
 
 demo: .venv/.ready
 	.venv/bin/python steadfast.py demo
@@ -26,6 +28,10 @@ check: .venv/.ready
 	.venv/bin/ruff check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports
+
+soak: .venv/.ready
+	@echo "replay with: make soak SEED=$(SEED)"
+	.venv/bin/python -m pytest -m soak -s --seed $(SEED)
 
 install: .venv/.ready
 

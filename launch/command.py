@@ -2,7 +2,7 @@
 
 steadfast launch local configs/tiny.yaml --ranks-per-node 2 --max-restarts 3
 steadfast launch slurm configs/tiny.yaml --nodes 2 --gpus-per-node 8 --sbatch="--partition=gpu --time=12:00:00"
-steadfast launch ray configs/tiny.yaml --nodes 2 --gpus-per-node 8 --address auto
+steadfast launch ray configs/tiny.yaml --nodes 2 --gpus-per-node 8 --address http://HEAD:8265
 steadfast launch slurm configs/tiny.yaml --nodes 2 --gpus-per-node 8 --dry-run
 
 steadfast launch status runs/tiny
@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,18 @@ from launch import local_place, places
 from launch.attempts import run_with_restarts, write_reference
 from launch.contract import LAUNCHER_PID, VARIABLES, resolve
 from launch.local import launch_local, plan_local
-from launch.train_command import add_restart_argument, checked_config, rank_command, require_gpus
+from launch.train_command import (
+    add_restart_argument,
+    add_resume_argument,
+    allow_words,
+    checked_config,
+    rank_command,
+    require_gpus,
+)
 from trainer.config.arguments import add_config_arguments
 from trainer.config.deepspeed import accumulation_steps
 from trainer.config.device import guess_device
+from trainer.config.resume_law import check_allowed
 from trainer.config.schema import Config
 from trainer.errors import UsageError
 from trainer.run_directory import RunDirectory
@@ -47,11 +56,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
         place.add_argument("--ranks-per-node", type=int, metavar="K", help="ranks on a node (default: one a GPU, or 1)")
         place.add_argument("--dry-run", action="store_true", help="print the plan and start nothing")
         place.add_argument("--json", action="store_true", help="with --dry-run: print the plan as JSON")
+        add_resume_argument(place)
     add_restart_argument(local)
     slurm.add_argument(
         "--sbatch", action="append", default=[], metavar="OPTIONS", help='options for sbatch, e.g. --sbatch="--time=60"'
     )
-    ray.add_argument("--address", metavar="ADDRESS", help="Ray cluster, e.g. auto or HOST:6379 (default: a local one)")
+    ray.add_argument(
+        "--address",
+        metavar="ADDRESS",
+        help="job API to submit to (http://HEAD:8265), or a cluster to be the driver in: auto, HOST:6379 "
+        "(default: RAY_ADDRESS, which jobs have; else a cluster on this machine)",
+    )
+    ray.add_argument(
+        "--allow-unauthenticated", action="store_true", help="use a remote cluster even if it asks for no token"
+    )
 
     status = commands.add_parser("status", help="where a launched run is, and how its attempts ended")
     logs = commands.add_parser("logs", help="what a launched run has written")
@@ -64,21 +82,35 @@ def configure(parser: argparse.ArgumentParser) -> None:
     stop.add_argument("--graceful", action="store_true", help="save an agreed checkpoint first")
     # What slurm/sft.sh and its srun call; nobody types these.
     for inner in ("slurm-job", "slurm-task"):
-        add_config_arguments(commands.add_parser(inner))
+        parser = commands.add_parser(inner)
+        add_config_arguments(parser)
+        add_resume_argument(parser)
+    # The job that a graceful stop sends to a Ray cluster.
+    commands.add_parser("ray-stop").add_argument("job")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Do what was asked; returns the exit code, that of the run where this process waits for it."""
     if arguments.place in ("status", "logs", "stop"):
         return _look_after(arguments)
+    if arguments.place == "ray-stop":
+        from launch.ray.place import stop_from_within
+
+        return stop_from_within(arguments.job)
     if arguments.place == "slurm-job":
         from launch.slurm.job import run_job
 
-        return run_job(arguments.config, arguments.overrides, show_traceback=arguments.traceback)
+        return run_job(
+            arguments.config, arguments.overrides, arguments.allow_change, show_traceback=arguments.traceback
+        )
     if arguments.place == "slurm-task":
         from launch.slurm.task import run_task
 
-        return run_task(rank_command(arguments.config, arguments.overrides, show_traceback=arguments.traceback))
+        return run_task(
+            rank_command(
+                arguments.config, arguments.overrides, arguments.allow_change, show_traceback=arguments.traceback
+            )
+        )
     return _launch(arguments)
 
 
@@ -115,9 +147,16 @@ def _launch(arguments: argparse.Namespace) -> int:
         require_gpus("--ranks-per-node", ranks, os.environ)
     device = "cuda" if gpus else guess_device(os.environ) if arguments.place == "local" else "cpu"
     config = checked_config(arguments.config, arguments.overrides, nodes * ranks, device)
-    command = rank_command(arguments.config, arguments.overrides, show_traceback=arguments.traceback)
+    allow_changes = check_allowed(arguments.allow_change)
+    command = rank_command(arguments.config, arguments.overrides, allow_changes, show_traceback=arguments.traceback)
     if arguments.place == "slurm":
         return _submit(arguments, config, nodes, ranks)
+    if arguments.place == "ray":
+        from launch.ray.api import is_api
+
+        arguments.address = arguments.address or os.environ.get("RAY_ADDRESS")
+        if is_api(arguments.address):
+            return _submit_to_ray(arguments, config, nodes, ranks)
     if arguments.dry_run:
         _show(_plan(arguments, config, command, nodes, ranks), as_json=arguments.json)
         return 0
@@ -128,16 +167,47 @@ def _launch(arguments: argparse.Namespace) -> int:
             config,
             arguments.max_restarts,
         )
-    from launch.ray import launch_ray
+    from launch.ray.run import run_ray
 
-    return launch_ray(
+    # The ranks' supervisor looks too, but only after minutes of waiting for nodes.
+    RunDirectory(Path(config.run.dir)).refuse_second_start()
+    return run_ray(
         command,
+        config,
         nodes=nodes,
         ranks_per_node=ranks,
         gpus_per_node=gpus,
         address=arguments.address,
-        run_dir=Path(config.run.dir),
+        allow_unauthenticated=arguments.allow_unauthenticated,
     )
+
+
+def _submit_to_ray(arguments: argparse.Namespace, config: Config, nodes: int, ranks: int) -> int:
+    from launch.ray.submit import job_name, plan_ray, submit
+
+    run_dir = Path(config.run.dir)
+    plan = plan_ray(
+        arguments.config,
+        [*arguments.overrides, *allow_words(arguments.allow_change)],
+        run_dir=run_dir,
+        address=arguments.address,
+        nodes=nodes,
+        ranks_per_node=ranks,
+        gpus_per_node=arguments.gpus_per_node,
+        environ=os.environ,
+        directory=str(Path.cwd()),
+        show_traceback=arguments.traceback,
+    )
+    if arguments.dry_run:
+        shown = json.dumps({"place": "ray", "address": plan.address, **plan.request()}, indent=2)
+        print(shown if arguments.json else "\n".join(plan.lines()))
+        return 0
+    job = job_name(run_dir)
+    submit(plan, job, allow_unauthenticated=arguments.allow_unauthenticated)
+    reference = {"place": "ray", "job": job, "api": plan.address, "cluster": ""}
+    write_reference(RunDirectory(run_dir), reference | {"allow_unauthenticated": arguments.allow_unauthenticated})
+    print(f"submitted job {job}; see steadfast launch status {run_dir}")
+    return 0
 
 
 def _submit(arguments: argparse.Namespace, config: Config, nodes: int, ranks: int) -> int:
@@ -146,6 +216,7 @@ def _submit(arguments: argparse.Namespace, config: Config, nodes: int, ranks: in
     plan = plan_slurm(
         arguments.config,
         arguments.overrides,
+        arguments.allow_change,
         run_dir=Path(config.run.dir),
         nodes=nodes,
         ranks_per_node=ranks,
@@ -154,7 +225,7 @@ def _submit(arguments: argparse.Namespace, config: Config, nodes: int, ranks: in
     )
     if arguments.dry_run:
         if arguments.json:
-            print(json.dumps({"place": "slurm", "command": plan.command, "environment": plan.environment}, indent=2))
+            print(json.dumps({"place": "slurm", **asdict(plan)}, indent=2))
         else:
             print("\n".join(plan.lines()))
         return 0
@@ -175,7 +246,7 @@ def _plan(arguments: argparse.Namespace, config: Config, command: list[str], nod
         "directory": str(Path.cwd()),
     }
     if arguments.place == "ray":
-        from launch.ray import forwarded
+        from launch.ray.hosts import forwarded
 
         return plan | {
             "address": arguments.address or "a new local cluster",

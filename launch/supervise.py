@@ -19,7 +19,8 @@ from typing import Protocol
 
 from launch.processes import Ended, Event, Output
 from trainer import errors
-from trainer.errors import HangError, Interrupted, PeerLostError, SteadfastError, StoppedOnRequest
+from trainer.cli import report
+from trainer.errors import HangError, Interrupted, PeerLostError, RunLockedError, SteadfastError, StoppedOnRequest
 from trainer.run_directory import RunDirectory
 
 GRACE_SECONDS = 10.0
@@ -33,6 +34,7 @@ MEANINGS: dict[int, str] = {
     if isinstance(kind, type) and issubclass(kind, SteadfastError)
 }
 _RESUME = "start the same command again: it resumes from the last committed checkpoint"
+_VICTIMS = (PeerLostError.exit_code, -signal.SIGTERM)
 _SIGNAL_HINTS = {
     signal.SIGKILL: "when nobody sent it, memory ran out: see dmesg",
     signal.SIGSEGV: "a native library crashed",
@@ -87,6 +89,11 @@ def supervise(
     Call it from the main thread: SIGINT, SIGTERM and SIGUSR2 are handled here.
     """
     run = RunDirectory(run_dir)
+    try:
+        run.refuse_second_start()
+    except RunLockedError as error:
+        report(error)
+        return Ending(error.exit_code, blamed=error.fact)
     run.forget_last_start()
     started = time.time()
     screen = Screen(world_size)
@@ -129,8 +136,8 @@ def supervise(
         finally:
             ranks.close()
     if culprit is not None:
-        report = run.error_report(culprit.rank)
-        fresh = report if _changed_since(report, started) else None
+        kept = run.error_report(culprit.rank)
+        fresh = kept if _changed_since(kept, started) else None
         last_words = screen.last_words(culprit.rank)
         if culprit.status < 0 and _changed_since(run.hang, started):
             # A watchdog had to kill a rank that hung without letting go of the interpreter.
@@ -148,8 +155,8 @@ def supervise(
 
 
 def blame(failures: Sequence[Ended]) -> Ended:
-    """The rank that broke the run: the first to end, those last that only say they lost a peer."""
-    return min(failures, key=lambda ended: (ended.status == PeerLostError.exit_code and not ended.note, ended.when))
+    """The rank that broke the run: the first to end, those last that lost a peer or were told to end (SIGTERM)."""
+    return min(failures, key=lambda ended: (ended.status in _VICTIMS and not ended.note, ended.when))
 
 
 def exit_code(ended: Ended) -> int:
@@ -170,6 +177,9 @@ def describe(ended: Ended, world_size: int, last_words: str, report: Path | None
     remedies = []
     if ended.note:
         how = ended.note
+        if not last_words.startswith("error: "):
+            # Its end came from outside: what it happened to say before explains nothing.
+            last_words = ""
     elif ended.status < 0:
         how = f"was killed by {_signal_name(-ended.status)} (pid {ended.pid}) at {_clock(ended.when)}"
         with contextlib.suppress(ValueError, KeyError):

@@ -31,9 +31,11 @@ from trainer.config.arguments import add_config_arguments
 from trainer.config.deepspeed import check_deepspeed
 from trainer.config.device import Device, device_warnings, guess_device, visible_gpus
 from trainer.config.load import load_config
+from trainer.config.resume_law import check_allowed
 from trainer.config.schema import Config
-from trainer.durable import write_file
+from trainer.durable import make_directory, write_file
 from trainer.errors import ConfigError, RunLockedError, SteadfastError, UsageError
+from trainer.redact import redact
 from trainer.run_directory import RunDirectory
 from trainer.world import World
 
@@ -44,17 +46,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Declare `train CONFIG [section.key=value ...] [--nproc N]`."""
     add_config_arguments(parser)
     parser.add_argument("--nproc", type=int, metavar="N", help="ranks to start on this machine (1 when not given)")
+    add_resume_argument(parser)
     add_restart_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Be one rank when a launcher started us, else start ranks on this machine; returns the exit code."""
     world = resolve(os.environ)
+    allow_changes = check_allowed(arguments.allow_change)
     if world is None:
         processes = 1 if arguments.nproc is None else arguments.nproc
         require_gpus("--nproc", processes, os.environ)
         config = checked_config(arguments.config, arguments.overrides, processes, guess_device(os.environ))
-        command = rank_command(arguments.config, arguments.overrides, show_traceback=arguments.traceback)
+        command = rank_command(arguments.config, arguments.overrides, allow_changes, show_traceback=arguments.traceback)
         write_reference(RunDirectory(Path(config.run.dir)), local_place.reference())
         return run_with_restarts(
             lambda: launch_local(command, processes=processes, environ=os.environ, run_dir=Path(config.run.dir)),
@@ -70,7 +74,19 @@ def run(arguments: argparse.Namespace) -> int:
     if world.is_first and LAUNCHER_PID not in os.environ:
         # Our launchers have said it already.
         _warn(config, guess_device(os.environ))
-    return _be_a_rank(config, world, show_traceback=arguments.traceback)
+    return _be_a_rank(config, world, allow_changes, show_traceback=arguments.traceback)
+
+
+def add_resume_argument(parser: argparse.ArgumentParser) -> None:
+    """Give `parser` the option `allow_change` (a list of texts)."""
+    parser.add_argument(
+        "--allow-change",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="resume although KEY differs from the checkpoint's (`config explain KEY` says what a change means); it "
+        "is recorded; may be given several times",
+    )
 
 
 def add_restart_argument(parser: argparse.ArgumentParser) -> None:
@@ -113,9 +129,17 @@ def require_gpus(option: str, ranks: int, environ: Mapping[str, str]) -> None:
         )
 
 
-def rank_command(config: Path, overrides: Sequence[str], *, show_traceback: bool) -> list[str]:
+def allow_words(allow_changes: Sequence[str]) -> list[str]:
+    """`--allow-change` for each of the names, as the next process takes it."""
+    return [f"--allow-change={key}" for key in allow_changes]
+
+
+def rank_command(
+    config: Path, overrides: Sequence[str], allow_changes: Sequence[str] = (), *, show_traceback: bool
+) -> list[str]:
     """The command of every rank: this checkout's steadfast.py with this Python, however we were started."""
     words = [sys.executable, str(ROOT / "steadfast.py"), "train", str(config), *overrides]
+    words += allow_words(allow_changes)
     return [*words, "--traceback"] if show_traceback else words
 
 
@@ -124,7 +148,7 @@ def _warn(config: Config, device: Device) -> None:
         sys.stderr.write(f"{warning}\n")
 
 
-def _be_a_rank(config: Config, world: World, *, show_traceback: bool) -> int:
+def _be_a_rank(config: Config, world: World, allow_changes: Sequence[str], *, show_traceback: bool) -> int:
     """Train as one rank and end the process with its exit code.
 
     The launcher (if ours) decides what Ctrl-C means, and takes us along when it dies.
@@ -135,13 +159,23 @@ def _be_a_rank(config: Config, world: World, *, show_traceback: bool) -> int:
         sys.stderr.write(f"warning: {reason}\n")
     stop_requests = StopRequests()
     stop_requests.install()
+    lock = None
     try:
+        # Before anything slow is imported: a second start shall not wait for torch to be refused.
+        run = RunDirectory(Path(config.run.dir))
+        if world.is_first:
+            make_directory(run.path)
+        run.keep_private(share_with_group=config.run.share_with_group)
+        lock = run.lock() if world.is_first else None
         listener = meet(world, os.environ, min(MEETING_SECONDS, config.engine.timeout_seconds))
         from trainer.assemble import train
 
-        train(config, world, stop_requests, listener)
+        train(config, world, stop_requests, listener, allow_changes=allow_changes, lock=lock)
     except BaseException as error:
-        _leave(_say_what_failed(error, config, world, show_traceback=show_traceback))
+        code = _say_what_failed(error, config, world, show_traceback=show_traceback)
+        if lock is not None:
+            lock.close()
+        _leave(code)
     _leave(0)
 
 
@@ -168,7 +202,7 @@ def _say_what_failed(error: BaseException, config: Config, world: World, *, show
         # A run directory that another run holds is not ours to write to.
         if not isinstance(error, RunLockedError):
             place.parent.mkdir(parents=True, exist_ok=True)
-            write_file(place, "".join(traceback.format_exception(error)))
+            write_file(place, redact("".join(traceback.format_exception(error))))
     except (OSError, SteadfastError) as failure:
         kept = f"its traceback could not be kept: {failure}"
         show_traceback |= fault is None

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from trainer.data.encode.rendering import ChatTemplate
 from trainer.errors import DataError, MissingInputError
 
 Message = Mapping[str, Any]
@@ -23,6 +24,7 @@ class Prompts:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        self._templates: dict[bool, ChatTemplate] = {}
         # Longest first: the error names the whole token, not the shorter one inside it.
         control = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         self._control = sorted(control, key=len, reverse=True)
@@ -37,17 +39,25 @@ class Prompts:
             self._refuse_control_tokens(f"messages[{number}]", message)
         self._refuse_control_tokens("tools", tools)
         try:
-            encoded = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                tools=list(tools) if tools else None,
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-            )
-        except Exception as error:  # templates raise what they like
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"the chat template refuses the conversation: {reason}") from error
-        return [int(token) for token in encoded["input_ids"]]
+            text = self.text(messages, tools, prompt=True)
+        except DataError as error:
+            raise ValueError(error.fact) from error
+        return [int(token) for token in self._tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+    def text(self, messages: Sequence[Message], tools: Sequence[Any] | None = None, *, prompt: bool = False) -> str:
+        """The text of a conversation, rendered in the sandbox and within limits of time and size.
+
+        With `prompt` it ends where the assistant's next answer begins. DataError when the template refuses it.
+        """
+        with_tools = [*tools] if tools else None
+        if bool(tools) not in self._templates:
+            try:
+                source = str(self._tokenizer.get_chat_template(None, with_tools))
+            except ValueError as error:
+                raise DataError(f"the tokenizer has no default chat template: {error}", "name one 'default'") from error
+            self._templates[bool(tools)] = ChatTemplate(source, "the chat template", self._tokenizer.special_tokens_map)
+        conversation = [dict(message) for message in messages]
+        return self._templates[bool(tools)].render(conversation, with_tools, "request", prompt=prompt)[0]
 
     def _refuse_control_tokens(self, place: str, value: Any) -> None:
         if isinstance(value, str):

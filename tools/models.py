@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tools.artefact import check_sizes
 from trainer.errors import DataError, MissingInputError, SteadfastError
+from trainer.names import is_plain_name
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +56,7 @@ def load_tokenizer(path: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise _does_not_load(path, "tokenizer", error) from error
 
@@ -65,7 +66,7 @@ def load_config(path: Path) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(path, local_files_only=True)
+        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise _does_not_load(path, "configuration", error) from error
 
@@ -76,7 +77,7 @@ def model_on_meta(config: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def weight_files(path: Path, stem: str) -> dict[str, Path]:
@@ -86,11 +87,16 @@ def weight_files(path: Path, stem: str) -> dict[str, Path]:
     index = path / f"{stem}.safetensors.index.json"
     try:
         if index.is_file():
-            return {name: path / file for name, file in json.loads(index.read_bytes())["weight_map"].items()}
+            files = json.loads(index.read_bytes())["weight_map"]
+            if outside := [file for file in files.values() if not is_plain_name(file)]:
+                raise DataError(f"{index} names the file {outside[0]!r}", "weights lie beside their index")
+            return {name: path / file for name, file in files.items()}
         single = path / f"{stem}.safetensors"
         if single.is_file():
             with safe_open(single, framework="pt") as file:
                 return dict.fromkeys(file.keys(), single)
+    except SteadfastError:
+        raise
     except Exception as error:
         raise _does_not_load(path, "weights", error) from error
     raise MissingInputError(f"{path} has no {stem}.safetensors", "give a directory that holds safetensors weights")
@@ -110,7 +116,12 @@ def _load_plain(path: Path, dtype: str | None) -> Any:
 
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype or "auto", local_files_only=True, output_loading_info=True
+            path,
+            dtype=dtype or "auto",
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     except Exception as error:
         raise _does_not_load(path, "model", error) from error

@@ -61,7 +61,12 @@ def compare_with_probe(model_path: Path, checkpoint: Path, *, dtype: str, traine
     ids, logits = _read_probe(checkpoint)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            model_path, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            model_path,
+            dtype=torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

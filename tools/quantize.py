@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tools.chat import Prompts
 from trainer.errors import DataError, MissingInputError, UsageError
 
 if TYPE_CHECKING:
@@ -265,11 +266,7 @@ def _prompts(
         if isinstance(text, str):
             prompts.append(tokenizer.encode(text))
             continue
-        try:
-            encoded = tokenizer.apply_chat_template(list(text), tokenize=True, return_dict=True)
-        except Exception as error:
-            raise DataError(f"the chat template refuses a conversation: {error}", "check its roles") from error
-        prompts.append(list(encoded["input_ids"]))
+        prompts.append(list(tokenizer(Prompts(tokenizer).text(text), add_special_tokens=False)["input_ids"]))
     if texts:
         origins.append("your data")
     if not prompts:

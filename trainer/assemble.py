@@ -9,12 +9,15 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from socket import gethostname, socket
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from trainer.checkpoint.verify import read_manifest, step_directory
 from trainer.config.deepspeed import accumulation_steps, compile_deepspeed
 from trainer.config.load import config_as_yaml
+from trainer.config.resume_law import identity_differences
 from trainer.config.schema import Config
 from trainer.data.feed import Feed, evaluation_batches
 from trainer.data.store import TokenStore, open_store
@@ -23,6 +26,7 @@ from trainer.durable import write_file
 from trainer.engine import device as devices
 from trainer.errors import ConfigError, DataError, DivergedError, UsageError
 from trainer.loop import Loop, OnPhase, StopFlag, fit
+from trainer.observe.events import EventLedger
 from trainer.observe.faults import Faults, PoisonedEngine, planned
 from trainer.observe.forensics import Forensics
 from trainer.observe.heartbeat import Heartbeat
@@ -47,16 +51,31 @@ from trainer.prepare import (
     source_epochs,
 )
 from trainer.run_directory import RunDirectory
+from trainer.run_lock import RunLock
 from trainer.state import TrainState
 from trainer.world import World
+
+if TYPE_CHECKING:
+    from trainer.checkpoint.resume import Checkpointer
 
 MOST_REWINDS = 3
 
 
-def train(config: Config, world: World, stop: StopFlag, listener: socket | None = None) -> None:
+def train(
+    config: Config,
+    world: World,
+    stop: StopFlag,
+    listener: socket | None = None,
+    *,
+    allow_changes: Sequence[str] = (),
+    lock: RunLock | None = None,
+) -> None:
     """Run one rank of a training run to its end, or to a requested stop. All ranks call this with the same config.
 
-    `listener` is the port where rank 0 meets the others, when it is open already (`collectives.join`).
+    `listener` is the port where rank 0 meets the others, when it is open already (`collectives.join`). `allow_changes`
+    names what may differ from the checkpoint although it is part of the run's identity. Rank 0 brings the run
+    directory's `lock`, which is released at the end.
+
     Returns normally when the run is complete or stopped on request after a commit (rank 0 then leaves the marker
     stopped.json). Raises a SteadfastError otherwise; after an exception no further collective may run.
     """
@@ -64,16 +83,23 @@ def train(config: Config, world: World, stop: StopFlag, listener: socket | None 
     from trainer import collectives
 
     run = RunDirectory(Path(config.run.dir))
-    lock = run.lock() if world.is_first else None
     collectives.join(world, devices.communication_backend(kind), config.engine.timeout_seconds, listener)
-    train_joined(config, world, stop, run, kind)
+    train_joined(config, world, stop, run, kind, allow_changes, lock)
     # All ranks end together, after rank 0 has closed the record. The process group is left standing: the process ends.
     collectives.barrier()
     if lock is not None:
         lock.close()
 
 
-def train_joined(config: Config, world: World, stop: StopFlag, run: RunDirectory, kind: devices.DeviceType) -> None:
+def train_joined(
+    config: Config,
+    world: World,
+    stop: StopFlag,
+    run: RunDirectory,
+    kind: devices.DeviceType,
+    allow_changes: Sequence[str] = (),
+    lock: RunLock | None = None,
+) -> None:
     """The same, inside a process group that exists already and outlives the run; rank 0 holds the run's lock."""
     from trainer import collectives
 
@@ -82,11 +108,12 @@ def train_joined(config: Config, world: World, stop: StopFlag, run: RunDirectory
     first = collectives.exchange({"attempt": f"{os.getpid()}-{time.time():.3f}"})[0]
     post = Post(world.rank, world.world_size, os.getpid(), str(run.path), first["attempt"])
     heartbeat = Heartbeat(post, config.engine.hang_seconds, config.engine.timeout_seconds)
+    on_phase = Phases([heartbeat, faults, partial(_check_lock, lock)])
     with closing(heartbeat):
         for rewinds_left in reversed(range(MOST_REWINDS + 1)):
             skipped: list[dict[str, Any]] = []
             try:
-                _train_watched(config, world, stop, run, kind, Phases([heartbeat, faults]), faults, skipped)
+                _train_watched(config, world, stop, run, kind, on_phase, faults, skipped, allow_changes, lock)
                 return
             except DivergedError as error:
                 if config.train.on_divergence != "rewind" or not rewinds_left or not skipped:
@@ -106,6 +133,8 @@ def _train_watched(
     on_phase: Phases,
     faults: Faults,
     skipped: list[dict[str, Any]],
+    allow_changes: Sequence[str],
+    lock: RunLock | None,
 ) -> None:
     from trainer import collectives
     from trainer.checkpoint.resume import Checkpointer
@@ -173,16 +202,20 @@ def _train_watched(
         seed=config.run.seed,
         keep=config.checkpoint.keep,
         on_phase=on_phase.of_save,
+        allow_changes=allow_changes,
     )
     on_phase("restore", 0)
     restored = checkpointer.restore()
     state = restored or TrainState()
     if world.is_first:
         # Only now: a start that was refused leaves the record of the run as it was.
-        changes = changed_settings(config, run) if restored else []
+        changes = [*_allowed(checkpointer, restored), *changed_settings(config, run)] if restored else []
         write_file(run.config, config_as_yaml(config))
         write_file(run.plan, json.dumps(plan.as_json(), indent=1) + "\n")
         collect_model_files(config, store, run)
+        if lock is not None and lock.taken_over is not None:
+            with closing(EventLedger(run.events)) as events:
+                events.record("takeover", holder=lock.taken_over)
         record: AbstractContextManager[Record] = recorded(
             config, run, plan, feed, restored, changes, devices.memory_probe(kind), [place["host"] for place in places]
         )
@@ -212,6 +245,11 @@ def _train_watched(
         cache.close()
 
 
+def _check_lock(lock: RunLock | None, phase: str, step: int) -> None:
+    if lock is not None and phase in ("save:open", "save:rename"):
+        lock.check()
+
+
 def _quarantined(run: RunDirectory, world: World) -> list[int]:
     """The same on all ranks, whatever a shared file system shows them."""
     from trainer import collectives
@@ -221,6 +259,13 @@ def _quarantined(run: RunDirectory, world: World) -> list[int]:
         print(f"{len(positions)} steps are in quarantine (quarantine.json): their rows are left out", flush=True)
     found: list[int] = collectives.exchange({"positions": positions})[0]["positions"]
     return found
+
+
+def _allowed(checkpointer: Checkpointer, restored: TrainState) -> list[str]:
+    """What of the run's identity differs from the restored checkpoint, by permission."""
+    saved = read_manifest(step_directory(checkpointer.directory, restored.step)).identity
+    differences = identity_differences(saved, checkpointer.identity)
+    return [f"{change} (--allow-change {key})" for key, change in differences.items()]
 
 
 def refuse_shared_devices(ranks: Sequence[dict[str, str]]) -> None:

@@ -11,15 +11,27 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from types import ModuleType
 
 from trainer.errors import SteadfastError
+from trainer.redact import RedactedStream
 
 VERSION = "0.1.0"
 
 
 def run_command(commands: Mapping[str, tuple[str, str]], load: Callable[[str], ModuleType], argv: Sequence[str]) -> int:
-    """Run the command named by `argv[0]` and return its exit code; `commands` maps a name to (module, help)."""
+    """Run the command named by `argv[0]` and return its exit code; `commands` maps a name to (module, help).
+
+    Whatever it prints, tracebacks included, is printed without secrets (see `trainer.redact`).
+    """
+    with redirect_stdout(RedactedStream(sys.stdout)), redirect_stderr(RedactedStream(sys.stderr)):
+        return _run_command(commands, load, argv)
+
+
+def _run_command(
+    commands: Mapping[str, tuple[str, str]], load: Callable[[str], ModuleType], argv: Sequence[str]
+) -> int:
     with_traceback = "--traceback" in argv
     words = [word for word in argv if word != "--traceback"]
     if not words or words[0] in ("-h", "--help"):

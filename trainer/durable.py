@@ -43,6 +43,25 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def present_umask() -> int:
+    """The umask of this process, which can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+def make_directory(path: Path) -> None:
+    """Make directory `path` and those above it that are missing, durably: what lies inside is no safer than its name.
+
+    Raises CannotWriteError.
+    """
+    missing = [directory for directory in (path, *path.parents) if not directory.exists()]
+    with write_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+        for directory in missing:
+            sync_directory(directory.parent)
+
+
 def write_file(path: Path, content: bytes | str) -> None:
     """Put `content` at `path` atomically and durably; an existing file is replaced as a whole."""
     data = content.encode() if isinstance(content, str) else content

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from trainer.checkpoint.verify import committed_steps
+from trainer.config.document import parse
+from trainer.config.resume_law import settings_text, tuned
 from trainer.config.schema import Config
 from trainer.data.encode.tokenizer import PROBE_TEXTS, load_tokenizer
 from trainer.data.mixture import MixedOrder, mixed_order, weights_of
@@ -21,12 +20,14 @@ from trainer.data.order import BlockOrder, GlobalOrder, Order
 from trainer.data.store import TokenStore, open_store
 from trainer.data.store.packing import PlanSpec, RowPlan
 from trainer.data.store.remote import ShardCache
-from trainer.durable import sha256_of_file, write_errors, write_file
+from trainer.durable import write_errors, write_file
 from trainer.errors import DataError, UsageError
 from trainer.run_directory import RunDirectory
 from trainer.world import World
 
 PROBE_PROMPTS, PROBE_LENGTH = 4, 64
+NO_ARCHITECTURE = ("_name_or_path", "dtype", "torch_dtype", "transformers_version")
+"""Entries of config.json that say nothing about the network."""
 RECIPE = "made-from.json"
 """Inside an initial model: what it was made from."""
 REMOTE_SHUFFLE_BLOCKS = 16
@@ -81,13 +82,12 @@ def collect_model_files(config: Config, store: TokenStore, run: RunDirectory) ->
 
 
 def changed_settings(config: Config, run: RunDirectory) -> list[str]:
-    """What differs from the configuration of the previous start, one `section.key: old -> new` each."""
+    """Tunable settings that differ from those of the previous start, one `section.key: old -> new` each."""
     try:
-        before = yaml.safe_load(run.config.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError):
+        text = run.config.read_text(encoding="utf-8")
+    except (OSError, UnicodeError):
         return []
-    old, new = dict(_settings(before)), dict(_settings(config.model_dump(mode="json")))
-    return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in new if old.get(key) != new[key]]
+    return tuned(parse(text, str).value, config)
 
 
 def open_cache(config: Config, world: World) -> ShardCache | None:
@@ -217,20 +217,26 @@ def model_directory(config: Config, run: RunDirectory) -> Path:
 
 
 def run_identity(config: Config, store: TokenStore, rows: RowPlan, run: RunDirectory) -> dict[str, str]:
-    """What a resumed run must share with the run that saved: the model, the data, and the order and batch of data."""
+    """What a resumed run must share with the run that saved (see `trainer.config.resume_law`), as it took effect."""
     if config.model.config is not None:
-        recipe = json.dumps(initial_recipe(config, store), sort_keys=True)
-        model = hashlib.sha256(recipe.encode()).hexdigest()
+        model = settings_text("model.config", config.model.config)
     else:
-        model = sha256_of_file(model_directory(config, run) / "config.json")
+        settings = json.loads((model_directory(config, run) / "config.json").read_text())
+        model = settings_text("architecture", {key: settings[key] for key in settings if key not in NO_ARCHITECTURE})
+    spec = asdict(rows.spec)
+    by_source = spec.pop("by_source")
     return {
-        "model": model[:16],
+        **model,
         "data": store.fingerprint[:16],
-        **{name: str(value) for name, value in asdict(rows.spec).items()},
-        "mixture": _mixture_text(config),
-        "shuffle_blocks": str(_shuffle_blocks(config, store) or "all"),
-        "global_batch_size": str(config.train.global_batch_size),
-        "seed": str(config.run.seed),
+        "tokenizer": store.manifest["tokenizer_fingerprint"][:16],
+        "template": store.manifest["template_sha256"][:16],
+        "by_source": str(by_source),
+        **settings_text("data", spec),
+        "data.mixture": _mixture_text(config),
+        "data.shuffle_blocks": str(_shuffle_blocks(config, store) or "all"),
+        "optimizer.type": config.optimizer.type,
+        "train.global_batch_size": str(config.train.global_batch_size),
+        "run.seed": str(config.run.seed),
     }
 
 
@@ -256,14 +262,6 @@ def probe_prompts(store: TokenStore, sequence_length: int) -> np.ndarray[Any, np
     heads = [np.asarray(store.document(index)[0][:length], np.int64) for index in range(min(64, store.n_documents))]
     longest = sorted(heads, key=len, reverse=True)[:PROBE_PROMPTS]
     return np.stack([np.resize(head, length) for head in longest])
-
-
-def _settings(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(values, dict):
-        for key, value in values.items():
-            yield from _settings(value, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, values
 
 
 def _is_outdated(config: Config, store: TokenStore, run: RunDirectory) -> bool:

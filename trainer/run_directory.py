@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
+import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
-from trainer.durable import write_errors
-from trainer.locks import take_lock
+from trainer.durable import make_directory, write_errors
+from trainer.errors import RunLockedError
+from trainer.run_lock import REMEDY, RunLock, living_holder, take
 
 
 @dataclass(frozen=True)
@@ -87,16 +88,13 @@ class RunDirectory:
         return self.path / "errors" / f"rank-{rank}.txt"
 
     def in_use(self) -> bool:
-        """Whether another process has the lock right now."""
-        try:
-            with (self.path / "lock").open() as stream:
-                fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:
-            # No such file, or a file system without locks.
-            return False
-        return False
+        """Whether a living process holds it."""
+        return living_holder(self.path) is not None
+
+    def refuse_second_start(self) -> None:
+        """Raise RunLockedError when a living process holds it. Launchers call this: it is known within a second."""
+        if (holder := living_holder(self.path)) is not None:
+            raise RunLockedError(f"{self.path} is in use by {holder}", REMEDY)
 
     def forget_last_start(self) -> None:
         """Remove error reports and marker of an earlier start, unless the directory is in use. A launcher calls this.
@@ -109,11 +107,26 @@ class RunDirectory:
                 for report in self.error_report(0).parent.glob("rank-*.txt"):
                     report.unlink(missing_ok=True)
 
-    def lock(self) -> IO[str]:
-        """Create the directory and take it for this process until the returned file is closed or the process ends.
+    def keep_private(self, *, share_with_group: bool) -> None:
+        """Let nobody but this user (and the group, if shared) read what this process writes from now on.
+
+        A directory that is there already gets the modes of a new one, if it is ours to change. Every rank calls this.
+        """
+        os.umask(0o007 if share_with_group else 0o077)
+        with suppress(OSError):
+            # Closing the top closes all below it. Setgid: files get the group of the directory, not of their writer.
+            self.path.chmod(0o2770 if share_with_group else 0o700)
+            for file in self.path.iterdir():
+                # What a launcher left before any rank was there.
+                if file.is_file() and not file.is_symlink():
+                    file.chmod(0o660 if share_with_group else 0o600)
+
+    def lock(self) -> RunLock:
+        """Create the directory and take it for this process until the lock is closed or the process ends.
+
+        `keep_private` comes first.
 
         Raises RunLockedError when another process has it. Rank 0 calls this.
         """
-        with write_errors(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-        return take_lock(self.path / "lock", str(self.path), "wait for it, stop it, or set another run.dir")
+        make_directory(self.path)
+        return take(self.path)

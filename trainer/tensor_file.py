@@ -176,7 +176,7 @@ def _read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
             metadata = header.pop("__metadata__", {})
             entries = {
                 str(name): TensorEntry(
-                    entry["dtype"],
+                    str(entry["dtype"]),
                     tuple(map(int, entry["shape"])),
                     8 + length + int(entry["data_offsets"][0]),
                     8 + length + int(entry["data_offsets"][1]),

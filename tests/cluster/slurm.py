@@ -173,7 +173,8 @@ class SlurmCluster:
         key.chmod(0o400)
         # One private munge for all nodes: its socket is a file, which namespaces do not separate.
         self._munged = subprocess.Popen(
-            ["munged", "--foreground", "--force", f"--key-file={key}", f"--socket={state}/munge.socket",
+            ["setpriv", "--pdeathsig", "KILL", "--",
+             "munged", "--foreground", "--force", f"--key-file={key}", f"--socket={state}/munge.socket",
              f"--pid-file={state}/munged.pid", f"--log-file={state}/munged.log", f"--seed-file={state}/munged.seed"],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=(state / "munged.err").open("wb"),
         )  # fmt: skip

@@ -102,6 +102,24 @@ def test_all_damaged_is_exit_74_and_other_settings_are_exit_76(tmp_path, two_ran
     assert all(error.startswith("74: no valid checkpoint") for error in found)
 
 
+def test_an_allowed_change_is_taken_and_recorded(tmp_path, two_ranks, store):
+    run = tmp_path / "run"
+    run_straight(two_ranks, run, store, train__max_steps=2)
+    values = settings(run, store.path, train__max_steps=4, train__global_batch_size=8, run__seed=4)
+    found = two_ranks.run(TRAIN, values=values, allow_changes=["run.seed"])
+    assert all("train.global_batch_size: 4 -> 8" in error and "run.seed" not in error for error in found)
+    allowed = ["run.seed", "train.global_batch_size"]
+    assert two_ranks.run(TRAIN, values=values, allow_changes=allowed) == [None, None]
+    resumed = [event for event in map(json.loads, (run / "events.jsonl").open()) if event["event"] == "resume"]
+    assert resumed[-1]["changes"] == [
+        "run.seed: 3 -> 4 (--allow-change run.seed)",
+        "train.global_batch_size: 4 -> 8 (--allow-change train.global_batch_size)",
+        "train.max_steps: 2 -> 4",
+    ]
+    # The new checkpoint has the new identity: nothing need be allowed again.
+    assert two_ranks.run(TRAIN, values=values | {"train": values["train"] | {"max_steps": 5}}) == [None, None]
+
+
 def test_a_finished_run_does_nothing(tmp_path, two_ranks, store):
     run = tmp_path / "run"
     run_straight(two_ranks, run, store, train__max_steps=2)
@@ -122,7 +140,7 @@ def test_a_changed_model_is_made_anew_before_and_refused_after_the_first_checkpo
     assert json.loads((run / "model/config.json").read_text())["intermediate_size"] == 96
     before = (run / "config.yaml").read_text()
     found = two_ranks.run(TRAIN, values=settings(run, store.path, train__max_steps=4))
-    assert all(error.startswith("76: ") and "(model: " in error for error in found)
+    assert all(error.startswith("76: ") and "(model.config.intermediate_size: 96 -> 64)" in error for error in found)
     assert (run / "config.yaml").read_text() == before
 
 

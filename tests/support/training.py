@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,9 @@ class StopAfter:
         return "test" if self._step and self._asked >= self._step else None
 
 
-def train(world: Any, kind: str, values: dict[str, Any], stop_after: int = 0) -> str | None:
+def train(
+    world: Any, kind: str, values: dict[str, Any], stop_after: int = 0, allow_changes: Sequence[str] = ()
+) -> str | None:
     """Case: one training run in the pool's process group; returns the user-facing error of this rank, if any."""
     from trainer.assemble import train_joined
     from trainer.config.schema import Config
@@ -72,7 +75,7 @@ def train(world: Any, kind: str, values: dict[str, Any], stop_after: int = 0) ->
     run = RunDirectory(Path(config.run.dir))
     run.path.mkdir(parents=True, exist_ok=True)
     try:
-        train_joined(config, world, StopAfter(stop_after), run, kind)  # type: ignore[arg-type]
+        train_joined(config, world, StopAfter(stop_after), run, kind, allow_changes)  # type: ignore[arg-type]
     except SteadfastError as error:
         return f"{error.exit_code}: {error}"
     return None

@@ -16,7 +16,6 @@ from launch import command, rendezvous, train_command
 from launch.contract import LAUNCHER_PID, VARIABLES, rank_environment, resolve
 from launch.faults import name_of_fault
 from launch.processes import Ended, Output, plan_ranks
-from launch.ray import forwarded
 from launch.rendezvous import resolve_address
 from launch.supervise import MEANINGS, Ending, Screen, blame, describe, exit_code
 from launch.train_command import rank_command, require_gpus
@@ -280,18 +279,6 @@ def test_error_reports_of_an_earlier_start_go_unless_the_run_is_alive(tmp_path: 
         assert run.in_use()
 
 
-def test_ranks_of_other_nodes_get_the_settings_of_libraries_but_no_secret() -> None:
-    environ = {
-        "NCCL_DEBUG": "INFO", "HF_HOME": "/h", "TORCH_NCCL_X": "1", "DS_ACCELERATOR": "cpu", "CUDA_HOME": "/c",
-        "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "2", "PYTORCH_CUDA_ALLOC_CONF": "x", "STEADFAST_X": "1",
-    }  # fmt: skip
-    kept_here = {
-        "CUDA_VISIBLE_DEVICES": "0", "HF_TOKEN": "s", "STEADFAST_API_KEY": "s", "DS_PASSWORD": "s", "HOME": "/h",
-        "NCCL_SECRET_X": "s", "HF_hub_token": "s", LAUNCHER_PID: "7", "TORCHELASTIC_RUN_ID": "r",
-    }  # fmt: skip
-    assert forwarded(environ | kept_here) == environ
-
-
 @pytest.mark.parametrize(
     ("environ", "device"),
     [
@@ -323,7 +310,9 @@ def test_more_ranks_than_visible_gpus_are_refused(tmp_path: Path, monkeypatch: p
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(UsageError, match="this machine shows 1"):
         train_command.run(
-            argparse.Namespace(config=Path("x.yaml"), overrides=[], nproc=2, max_restarts=0, traceback=False)
+            argparse.Namespace(
+                config=Path("x.yaml"), overrides=[], nproc=2, max_restarts=0, traceback=False, allow_change=[]
+            )
         )
     with pytest.raises(UsageError, match="--ranks-per-node 2 needs 2 GPUs"):
         command.run(launch("local", "x.yaml", "--ranks-per-node", "2"))
@@ -332,6 +321,9 @@ def test_more_ranks_than_visible_gpus_are_refused(tmp_path: Path, monkeypatch: p
 def test_traceback_reaches_the_ranks_by_the_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "--traceback" not in rank_command(Path("x.yaml"), ["a.b=1"], show_traceback=False)
     assert rank_command(Path("x.yaml"), ["a.b=1"], show_traceback=True)[-3:] == ["x.yaml", "a.b=1", "--traceback"]
+    assert rank_command(Path("x.yaml"), [], ["data", "run.seed"], show_traceback=False)[-3:] == [
+        "x.yaml", "--allow-change=data", "--allow-change=run.seed",
+    ]  # fmt: skip
     seen: list[argparse.Namespace] = []
     monkeypatch.setattr(train_command, "run", lambda arguments: seen.append(arguments) or 0)
     for words in (["train", "x.yaml"], ["train", "--traceback", "x.yaml"]):
@@ -350,13 +342,13 @@ def test_bfloat16_on_a_cpu_is_warned_of_at_the_start(
     tiny = Path(__file__).resolve().parents[2] / "configs" / "tiny.yaml"
     for dtype, said in (("bfloat16", 1), ("float32", 0)):
         arguments = argparse.Namespace(
-            config=tiny, overrides=[f"model.dtype={dtype}"], nproc=2, max_restarts=0, traceback=False
+            config=tiny, overrides=[f"model.dtype={dtype}"], nproc=2, max_restarts=0, traceback=False, allow_change=[]
         )
         assert train_command.run(arguments) == 0
         assert capsys.readouterr().err.count("warning: model.dtype=bfloat16 on a CPU is about 80 times") == said
     # A rank says it when no launcher of ours did, and only the first one.
     slow = argparse.Namespace(
-        config=tiny, overrides=["model.dtype=bfloat16"], nproc=None, max_restarts=0, traceback=False
+        config=tiny, overrides=["model.dtype=bfloat16"], nproc=None, max_restarts=0, traceback=False, allow_change=[]
     )
     for more, said in (({"RANK": "0", "LOCAL_RANK": "0"}, 1), ({LAUNCHER_PID: "1"}, 0), ({"RANK": "1"}, 0)):
         for name, text in (rank_environment(WORLD) | more).items():
@@ -393,7 +385,7 @@ def test_a_dry_run_prints_the_plan(capsys: pytest.CaptureFixture[str], monkeypat
     assert "HF_TOKEN" not in text
     assert "STRICT_SPREAD" in text
     assert "world_size: 4" in text
-    with pytest.raises(UsageError, match="use launch ray"):
+    with pytest.raises(UsageError, match="use launch slurm or ray"):
         command.run(launch("local", tiny, "--nodes", "2", "--dry-run"))
     with pytest.raises(UsageError, match="--ranks-per-node 0"):
         command.run(launch("local", tiny, "--ranks-per-node", "0", "--dry-run"))
@@ -409,5 +401,7 @@ def test_nproc_inside_a_rank_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setenv(name, text)
     with pytest.raises(UsageError, match="--nproc 2 inside a launched rank"):
         train_command.run(
-            argparse.Namespace(config=Path("x.yaml"), overrides=[], nproc=2, max_restarts=0, traceback=False)
+            argparse.Namespace(
+                config=Path("x.yaml"), overrides=[], nproc=2, max_restarts=0, traceback=False, allow_change=[]
+            )
         )

@@ -10,7 +10,9 @@ ROOT = Path(__file__).resolve().parents[2]
 FORMATS = {
     "trainer.errors",
     "trainer.durable",
+    "trainer.names",
     "trainer.tensor_file",
+    "trainer.data.encode.rendering",  # chat templates are rendered in one way only
     "trainer.checkpoint.slices",
     "trainer.checkpoint.verify",
 }

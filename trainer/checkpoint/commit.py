@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.checkpoint.verify import MANIFEST_NAME, Manifest, committed_steps, manifest_text, step_directory
-from trainer.durable import sync_directory, write_errors, write_file, xxh3_of_file
+from trainer.durable import make_directory, sync_directory, write_errors, write_file, xxh3_of_file
 from trainer.errors import CannotWriteError, SteadfastError
 
 Exchange = Callable[[dict[str, Any]], list[dict[str, Any]]]
@@ -78,6 +78,8 @@ def sweep(checkpoints: Path) -> None:
     for pattern in (".tmp-*", ".del-*"):
         for path in checkpoints.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
+    for path in checkpoints.glob(".latest.*.tmp"):
+        path.unlink(missing_ok=True)
 
 
 def _together(writer: Writer, work: Callable[[], dict[str, Any]], attempt: Path) -> list[dict[str, Any]]:
@@ -96,8 +98,8 @@ def _together(writer: Writer, work: Callable[[], dict[str, Any]], attempt: Path)
 
 
 def _open_attempt(checkpoints: Path, attempt: Path) -> dict[str, Any]:
+    make_directory(checkpoints)
     with write_errors(checkpoints):
-        checkpoints.mkdir(parents=True, exist_ok=True)
         sweep(checkpoints)
         attempt.mkdir()
     return {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -26,6 +26,7 @@ from trainer.checkpoint.verify import (
     verify_files,
 )
 from trainer.cli import VERSION
+from trainer.config.resume_law import accept_identity
 from trainer.data.feed import Feed
 from trainer.data.micro_batch import IGNORED, MicroBatch
 from trainer.durable import sync_file, write_file
@@ -52,13 +53,15 @@ class Checkpointer:
     world: World
     exchange: Exchange
     identity: dict[str, str]
-    """What a resumed run must share: name to fingerprint or value."""
+    """What a resumed run must share: name to fingerprint or value (see `trainer.config.resume_law`)."""
     model_files: Path
     """Directory whose files are copied into the checkpoint's model/."""
     probe: np.ndarray[Any, np.dtype[np.int64]]
     """Token ids of pinned prompts [prompts, length]."""
     seed: int
     keep: int
+    allow_changes: Sequence[str] = ()
+    """Names in `identity` that may differ from the checkpoint's all the same."""
     on_phase: Callable[[str], None] = lambda phase: None
 
     def save(self, state: TrainState) -> str:
@@ -189,7 +192,7 @@ class Checkpointer:
 
     def _load(self, path: Path) -> TrainState:
         reader = SliceReader(path)
-        refuse_other_identity(path, reader.manifest.identity, self.identity)
+        accept_identity(str(path), reader.manifest.identity, self.identity, self.allow_changes)
         try:
             body = json.loads((path / "state.json").read_text())
             state = replace(TrainState(), **body["progress"])
@@ -214,20 +217,6 @@ class Checkpointer:
         else:
             set_generator_states(self.engine.kind, states)
         return state
-
-
-def refuse_other_identity(path: Path, saved: dict[str, str], present: dict[str, str]) -> None:
-    """Raise ResumeRefusedError naming every difference between the run that saved and the run that resumes."""
-    changes = [
-        f"{name}: {saved.get(name, 'absent')} -> {present.get(name, 'absent')}"
-        for name in sorted(saved.keys() | present.keys())
-        if saved.get(name) != present.get(name)
-    ]
-    if changes:
-        raise ResumeRefusedError(
-            f"{path} was made with other settings ({'; '.join(changes)})",
-            "restore them, or set another run.dir to start a new run",
-        )
 
 
 def _persistent_buffers(model: Any) -> dict[str, torch.Tensor]:

@@ -82,6 +82,8 @@ def read_manifest(path: Path) -> Manifest:
         raise damaged(path, f"{MANIFEST_NAME} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise damaged(path, f"{MANIFEST_NAME} is not readable") from error
+    if not _is_sound(manifest):
+        raise damaged(path, f"{MANIFEST_NAME} is not what this version writes")
     named = _STEP_NAME.fullmatch(path.name)
     if named and int(named[1]) != manifest.step:
         raise damaged(path, f"{MANIFEST_NAME} is that of step {manifest.step}")
@@ -89,6 +91,41 @@ def read_manifest(path: Path) -> Manifest:
         if not _SAFE_NAME.fullmatch(name) or ".." in name:
             raise damaged(path, f"{MANIFEST_NAME} names a file outside: {name!r}")
     return manifest
+
+
+def _is_sound(manifest: Manifest) -> bool:
+    """Whether every value is of its type: whoever made a checkpoint made the hash of its manifest too."""
+
+    def is_count(value: object) -> bool:
+        return type(value) is int and 0 <= value < 1 << 62
+
+    def are_texts(value: object) -> bool:
+        return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
+
+    def are_shapes(value: object) -> bool:
+        return isinstance(value, dict) and all(
+            isinstance(entry, dict)
+            and isinstance(entry.get("dtype"), str)
+            and isinstance(entry.get("shape"), list)
+            and all(map(is_count, entry["shape"]))
+            for entry in value.values()
+        )
+
+    return (
+        is_count(manifest.step)
+        and is_count(manifest.world_size)
+        and manifest.world_size > 0
+        and isinstance(manifest.files, dict)
+        and all(
+            isinstance(entry, dict) and is_count(entry.get("bytes")) and isinstance(entry.get("xxh3_128"), str)
+            for entry in manifest.files.values()
+        )
+        and are_shapes(manifest.parameters)
+        and are_shapes(manifest.buffers)
+        and are_texts(manifest.tied)
+        and are_texts(manifest.identity)
+        and isinstance(manifest.provenance, dict)
+    )
 
 
 def verify_files(path: Path, manifest: Manifest, names: Iterable[str] | None = None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from trainer.config.document import dump
+from trainer.config.resume_law import LAW, at_resume
 from trainer.config.schema import Config, Section
 from trainer.config.words import hint, keys, sections
 from trainer.errors import UsageError
@@ -68,6 +69,7 @@ def explanations(key: str | None = None, schema: type[Section] = Config) -> list
             "default": None if known[name].is_required() else known[name].default,
             "meaning": _meaning(name, schema),
             "example": _example(name, schema),
+            **({"at_resume": LAW[name]} if schema is Config else {}),
         }
         for name in wanted
     ]
@@ -93,6 +95,7 @@ def _key(key: str, schema: type[Section]) -> str:
         f"{key}: {_type(_property(key, schema))}, {default}\n"
         f"  {_meaning(key, schema)}\n"
         f"  on the command line: {_example(key, schema)}"
+        + (f"\n  at a resume: {at_resume(key)}" if schema is Config else "")
     )
 
 

@@ -16,6 +16,7 @@ from trainer.config.document import MAX_BYTES, KeyPath, dump, parse
 from trainer.config.schema import Config, Engine, Section
 from trainer.config.words import hint, keys, sections
 from trainer.errors import ConfigError, MissingInputError
+from trainer.redact import redacted
 
 _LONGEST_QUOTE = 60
 _Schema = TypeVar("_Schema", bound=Section)
@@ -74,8 +75,8 @@ def document_from_text(text: str, name: str, overrides: Sequence[str], schema: t
 
 
 def config_as_yaml(config: Config) -> str:
-    """The resolved configuration as YAML, every key written out; `load_config` reads it back equal."""
-    return "# Resolved configuration: every key, defaults included.\n" + dump(config.model_dump())
+    """The resolved configuration as YAML, every key written out; `load_config` reads it back equal, but for secrets."""
+    return "# Resolved configuration: every key, defaults included.\n" + dump(redacted(config.model_dump()))
 
 
 def _read(path: Path) -> str:

@@ -33,6 +33,9 @@ class Run(Section):
     """Directory of this run: configuration, ledgers, TensorBoard files and checkpoints. Starting again resumes."""
     seed: CountOrZero = 42
     """Seed of weight initialisation, dropout and the order of data."""
+    share_with_group: Flag = False
+    """Let the run directory's group read and write it (modes 2770 and 0660); otherwise only its owner can (0700 and
+    0600): it holds weights and, in its ledgers, parts of the data."""
 
 
 class Model(Section):

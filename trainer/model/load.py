@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.schema import Model
-from trainer.durable import write_errors
+from trainer.durable import present_umask, write_errors
 from trainer.errors import CannotWriteError, ConfigError, DataError, MissingInputError
+from trainer.names import is_plain_name
 from trainer.tensor_file import TensorFile
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -47,7 +48,7 @@ def write_initial_model(
             raise ConfigError([_unknown_key(key, model_type, known.to_dict()) for key in sorted(unknown)])
         config = AutoConfig.for_model(model_type, **{"vocab_size": vocabulary_size, **special_ids, **settings})
         torch.manual_seed(seed)
-        network = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        network = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     except ConfigError:
         raise
     except Exception as error:
@@ -58,6 +59,9 @@ def write_initial_model(
     try:
         with write_errors(out):
             network.save_pretrained(temporary)
+            for file in temporary.iterdir():
+                # safetensors closes its files to the group, whatever the umask says.
+                file.chmod(0o666 & ~present_umask())
             temporary.rename(out)
     except SafetensorError as error:
         raise CannotWriteError(f"cannot write {out}: {error}", "free disk space or set another run.dir") from error
@@ -81,6 +85,7 @@ def load_language_model(path: Path, *, dtype: str, attention: str, gradient_chec
             attn_implementation=attention,
             local_files_only=True,
             use_safetensors=True,
+            trust_remote_code=False,
         )
     except (ValueError, ImportError) as error:
         if attention not in str(error) and "attention" not in str(error):
@@ -106,9 +111,9 @@ def check_inventory(path: Path) -> None:
     if not (path / "config.json").is_file():
         raise MissingInputError(f"{path} has no config.json", "model.path must be a local transformers directory")
     try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
-            expected = AutoModelForCausalLM.from_config(config)
+            expected = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:
         raise DataError(
             f"{path}/config.json describes no causal language model: {_first_sentence(error)}",
@@ -145,8 +150,8 @@ def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     single = path / "model.safetensors"
     if index.is_file():
         try:
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+            files = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise DataError(f"{index} is not readable", "download the model again") from error
     elif single.is_file():
         files = [single.name]
@@ -154,6 +159,8 @@ def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         raise MissingInputError(f"{path} has no safetensors weights", "convert the model to safetensors first")
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
+        if not is_plain_name(file):
+            raise DataError(f"{index} names the file {file!r}", "weights lie beside their index")
         if not (path / file).is_file():
             raise MissingInputError(f"{path} lacks {file}", "the download is incomplete: fetch it again")
         shapes |= {name: entry.shape for name, entry in TensorFile(path / file).entries.items()}

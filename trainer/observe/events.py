@@ -9,18 +9,21 @@ from typing import Any
 from trainer.data.feed import StepBatch
 from trainer.loop import StepSeconds
 from trainer.observe.ledger import JsonLines
+from trainer.redact import redacted
 from trainer.state import StepResult, TrainState
 
 
 class EventLedger:
-    """Writes events.jsonl: start, resume, skip, evaluate, commit, stop, done, fault."""
+    """Writes events.jsonl: takeover, start, resume, skip, evaluate, commit, stop, done, fault."""
 
     def __init__(self, path: Path) -> None:
         self._lines = JsonLines(path, durable=True)
 
     def record(self, event: str, **details: Any) -> None:
         """Append one event with the present time (UTC)."""
-        self._lines.append({"event": event, "time": datetime.now(UTC).isoformat(timespec="milliseconds"), **details})
+        self._lines.append(
+            {"event": event, "time": datetime.now(UTC).isoformat(timespec="milliseconds"), **redacted(details)}
+        )
 
     def on_step(self, state: TrainState, batch: StepBatch, result: StepResult, seconds: StepSeconds) -> None:
         """Record a skipped step."""

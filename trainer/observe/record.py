@@ -21,6 +21,7 @@ from trainer.observe.step_ledger import StepLedger
 from trainer.observe.stragglers import Stragglers
 from trainer.observe.tensorboard import TensorBoard
 from trainer.plan import Plan
+from trainer.redact import redacted
 from trainer.run_directory import RunDirectory
 from trainer.state import TrainState
 
@@ -89,7 +90,7 @@ def recorded(
 
 
 def _write_outcome(run: RunDirectory, outcome: dict[str, Any]) -> None:
-    write_file(run.outcome, json.dumps(outcome, indent=1, ensure_ascii=False) + "\n")
+    write_file(run.outcome, json.dumps(redacted(outcome), indent=1, ensure_ascii=False) + "\n")
 
 
 def _say_where_we_begin(config: Config, plan: Plan, state: TrainState, changes: Sequence[str]) -> None:

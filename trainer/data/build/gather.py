@@ -107,7 +107,7 @@ def _write_store(
         "class_weights": _class_weights(table, copies),
         "sources": [asdict(source) for source in here],
         "inputs": [dict(entry) for entry in build.inputs],
-        "recipe": recipe.model_dump(mode="json"),
+        "recipe": _without_salt(recipe.model_dump(mode="json")),
         "files": [*_entries(place, "tokenizer"), *writer.files],
     }
     plan = TokenStore(str(place), place, manifest).compute_plan(spec)
@@ -142,6 +142,12 @@ def _write_plan(place: Path, plan: RowPlan) -> dict[str, Any]:
         (place / "plans").mkdir()
     arrays = {array: getattr(plan, array) for array in PLAN_ARRAYS}
     return file_entry(name, write_arrays(place / name, arrays, {"schema": str(SCHEMA_VERSION)}))
+
+
+def _without_salt(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The recipe as it may be told: who knows the salt of pseudonyms can find out the names behind them."""
+    hidden = "[redacted]" if recipe["clean"]["pii_salt"] else ""
+    return recipe | {"clean": recipe["clean"] | {"pii_salt": hidden}}
 
 
 def _nothing_supervised(store: StorePlan, sources: Sequence[SourceReport]) -> str:

@@ -195,7 +195,7 @@ def _publish(model: Any, tokenizer: Any, out: Path) -> None:
         try:
             tokenizer.save_pretrained(temporary)
             write_file(temporary / "sentencepiece.model", model.serialized_model_proto())
-            loaded = AutoTokenizer.from_pretrained(temporary, local_files_only=True)
+            loaded = AutoTokenizer.from_pretrained(temporary, local_files_only=True, trust_remote_code=False)
             texts = [*STRESS_TEXTS, tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)]
             if loaded(texts)["input_ids"] != tokenizer(texts)["input_ids"]:
                 raise DataError("the saved tokenizer loads as a different one", "this is a bug of ours: report it")

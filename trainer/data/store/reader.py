@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.data.store.manifest import what_is_wrong
 from trainer.data.store.packing import PLAN_ARRAYS, LongText, PlanSpec, RowPlan, default_overlap, plan_rows
 from trainer.data.store.remote import RemoteFile, ShardCache, fetch_bytes, is_url
 from trainer.data.store.shards import Arrays, CachedShards, LocalShards, Shards, read_arrays, read_errors, write_arrays
 from trainer.data.store.windows import lengths_of
 from trainer.durable import sha256_of_file, write_errors, xxh3_of_file
 from trainer.errors import DataError, HangError, MissingInputError, UsageError
+from trainer.names import is_plain_path
 
 SCHEMA_VERSION = 2
 MANIFEST = "manifest-00000001.json"
@@ -391,7 +393,7 @@ def _checked_manifest(content: bytes, file: str) -> dict[str, Any]:
         manifest = json.loads(content)
         expected = manifest["body_sha256"]
         actual = body_hash(manifest)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{file} is damaged: it cannot be read", REBUILD) from error
     if expected != actual:
         raise DataError(f"{file} is damaged: its content does not match its own hash", REBUILD)
@@ -399,6 +401,12 @@ def _checked_manifest(content: bytes, file: str) -> dict[str, Any]:
         raise DataError(
             f"{file} has schema {manifest.get('schema')}, this version reads {SCHEMA_VERSION}", "build it again"
         )
+    if (wrong := what_is_wrong(manifest)) is not None:
+        raise DataError(f"{file} is damaged: {wrong} is not what a store has there", REBUILD)
+    names = [file["name"] for file in manifest["files"]]
+    if foreign := [name for name in names if not is_plain_path(name)]:
+        # A store of somebody else must read and write nothing beside itself and the cache.
+        raise DataError(f"{file} names the file {foreign[0]!r}", "this is no store that was built here")
     return dict(manifest)
 
 
@@ -459,10 +467,6 @@ def _key(fingerprint: str, name: str) -> str:
 
 def _remote_files(url: str, directory: Path, manifest: Mapping[str, Any]) -> list[RemoteFile]:
     fingerprint = content_fingerprint(manifest)
-    for file in manifest["files"]:
-        # A store of somebody else must not write beside the cache.
-        if ".." in (parts := Path(file["name"]).parts) or Path(file["name"]).is_absolute() or not parts:
-            raise DataError(f"{url}/{MANIFEST} names the file {file['name']!r}", "this is no store that was built here")
     return [
         RemoteFile(
             url=f"{url}/{file['name']}",
