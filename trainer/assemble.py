@@ -113,9 +113,10 @@ def train_joined(
     with closing(heartbeat):
         for rewinds_left in reversed(range(MOST_REWINDS + 1)):
             skipped: list[dict[str, Any]] = []
-            times = TimeLedger(run, world.world_size) if world.is_first else None
-            # Faults come last: what they strike down in a phase has begun it.
-            on_phase = Phases([heartbeat, faults] if times is None else [heartbeat, times, faults])
+            times = TimeLedger(run, world.world_size, collectives.blocked_seconds) if world.is_first else None
+            # Faults come after those who write: what they strike down in a phase has begun it.
+            writers: list[OnPhase] = [heartbeat] if times is None else [heartbeat, times]
+            on_phase = Phases([*writers, faults, partial(_check_lock, lock)])
             try:
                 _train_watched(config, world, stop, run, kind, on_phase, faults, times, skipped, allow_changes, lock)
                 return
@@ -195,12 +196,6 @@ def _train_watched(
         packing=config.data.packing,
         dtype=config.model.dtype,
     )
-
-    def phase_of_save(phase: str) -> None:
-        on_phase.of_save(phase)
-        if lock is not None and phase in ("open", "rename"):
-            lock.check()
-
     checkpointer = Checkpointer(
         directory=run.checkpoints,
         engine=engine,
@@ -212,7 +207,7 @@ def _train_watched(
         probe=probe_prompts(store, rows.sequence_length),
         seed=config.run.seed,
         keep=config.checkpoint.keep,
-        on_phase=phase_of_save,
+        on_phase=on_phase.of_save,
         allow_changes=allow_changes,
     )
     on_phase("restore", 0)
@@ -265,11 +260,9 @@ def _train_watched(
         cache.close()
 
 
-def _allowed(checkpointer: Checkpointer, restored: TrainState) -> list[str]:
-    """What of the run's identity differs from the restored checkpoint, by permission."""
-    saved = read_manifest(step_directory(checkpointer.directory, restored.step)).identity
-    differences = identity_differences(saved, checkpointer.identity)
-    return [f"{change} (--allow-change {key})" for key, change in differences.items()]
+def _check_lock(lock: RunLock | None, phase: str, step: int) -> None:
+    if lock is not None and phase in ("save:open", "save:rename"):
+        lock.check()
 
 
 def _quarantined(run: RunDirectory, world: World) -> list[int]:
@@ -281,6 +274,13 @@ def _quarantined(run: RunDirectory, world: World) -> list[int]:
         print(f"{len(positions)} steps are in quarantine (quarantine.json): their rows are left out", flush=True)
     found: list[int] = collectives.exchange({"positions": positions})[0]["positions"]
     return found
+
+
+def _allowed(checkpointer: Checkpointer, restored: TrainState) -> list[str]:
+    """What of the run's identity differs from the restored checkpoint, by permission."""
+    saved = read_manifest(step_directory(checkpointer.directory, restored.step)).identity
+    differences = identity_differences(saved, checkpointer.identity)
+    return [f"{change} (--allow-change {key})" for key, change in differences.items()]
 
 
 def refuse_shared_devices(ranks: Sequence[dict[str, str]]) -> None:

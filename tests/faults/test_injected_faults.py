@@ -1,27 +1,16 @@
 """The fault injector itself: each kind does what it says, once in the life of a run directory, and says so before."""
 
-import json
-import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
-from tests.support.training import settings
 from trainer.errors import UsageError
 from trainer.observe.faults import FAULTS, Faults, as_text, fail_at, fired, not_fired, planned
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def start(config: Path, run: Path, faults, *more: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "steadfast.py"), "train", str(config), "--nproc", "2", *more],
-        capture_output=True, text=True, env=os.environ | {FAULTS: as_text(faults)},
-    )  # fmt: skip
 
 
 def test_a_plan_travels_as_text():
@@ -60,14 +49,3 @@ def test_signals_end_the_process_after_the_line_was_written(kind, number, after,
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT)
     assert done.returncode == -number
     assert [fault.kind for fault in fired(tmp_path)] == [kind]
-
-
-def test_a_killed_run_that_starts_again_gets_past_the_fault(tmp_path, store):
-    run, config = tmp_path / "run", tmp_path / "c.yaml"
-    config.write_text(yaml.safe_dump(settings(run, store.path, checkpoint__every_steps=2)))
-    faults = [fail_at(1, "backward", 4, "kill"), fail_at(0, "save:commit", 4, "kill")]
-    done = start(config, run, faults, "--max-restarts", "2")
-    assert done.returncode == 0, done.stderr
-    assert not_fired(run, faults) == []
-    assert done.stderr.count("starting again") == 2
-    assert json.loads((run / "outcome.json").read_text())["status"] == "done"

@@ -140,6 +140,15 @@ def test_a_launcher_says_71_when_its_only_rank_had_to_be_killed(tmp_path, store)
     assert "start the same command again" in last
 
 
+def test_a_killed_run_that_starts_again_gets_past_the_fault(tmp_path, server):
+    faults = [fail_at(1, "backward", 4, "kill")]
+    codes, _ = server.run(tmp_path, faults)
+    assert codes == [69, -signal.SIGKILL]
+    codes, outputs = server.run(tmp_path, faults)
+    assert codes == [0, 0], outputs
+    assert json.loads((tmp_path / "run" / "outcome.json").read_text())["status"] == "done"
+
+
 def test_no_watchdog_outlives_its_rank(tmp_path, server):
     server.run(tmp_path, [fail_at(1, "step", 3, "kill"), fail_at(0, "step", 3, "kill")])
     deadline = time.monotonic() + 5

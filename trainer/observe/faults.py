@@ -18,7 +18,7 @@ Phases, in the order of a run; `step` is the step that is being made (1 is the f
                 the parts of a step; forward and backward come once a micro-batch
     evaluate    once a micro-batch, `step` is the newest step
     save        a checkpoint is due, `step` is the step that is saved
-    save:NAME   the phases of the commit protocol, e.g. save:open, save:write, save:commit, save:retain;
+    save:NAME   the phases of the commit protocol, e.g. save:open, save:write, save:commit, save:rename;
                 `step` is the newest step by then, which a save in the background may be behind
     end         training is over, everything is committed
 

@@ -5,8 +5,8 @@
     load                token store, model, engine, checkpoint
     compile             what the first step of an attempt took longer than the median of the others
     data_wait           a step waited for its batch
-    compute             forward, backward and optimizer of steps that count; ZeRO's own collectives are in here
-    communication_wait  rank 0 waited for the others at the end of a step
+    compute             forward, backward and optimizer of steps that count
+    communication_wait  rank 0 waited in collectives, ZeRO's included (on GPUs only in the sum that ends a step)
     checkpoint          training stood still for a save
     evaluation          loss on held-out data
     hang                from the last sign of progress to the end of an attempt that lost a peer or stopped moving
@@ -14,8 +14,9 @@
     shutdown            from the last step to the end of the processes
 
 A step counts until an attempt resumes before it; then its first execution is lost work, and the second one counts.
-Communication is measured where it costs nothing: in the one small sum over all ranks that ends every step, which is
-where a fast rank waits for a slow one unless ZeRO's collectives have made it wait before. Torch-free.
+Communication is measured where it costs nothing: gloo's collectives block the program, so their time is known
+(`trainer.collectives.blocked_seconds`). Those of a GPU run beside it, and to time them would stop it; there only the one
+small sum over all ranks that ends every step is counted, and the rest is in compute. Torch-free.
 """
 
 from __future__ import annotations

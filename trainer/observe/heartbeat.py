@@ -18,7 +18,7 @@ from pathlib import Path
 
 from trainer.durable import write_errors
 from trainer.errors import HangError
-from trainer.observe.watchdog import EXIT_NOW, PAGE, Post
+from trainer.observe.watchdog import EXIT_NOW, PAGE, Post, verdict_of
 
 LEAST_SECONDS = 60.0
 TIMES_P95 = 10.0
@@ -41,10 +41,12 @@ class Heartbeat:
         hang_seconds: bound on each phase of a step; None: 60 seconds, or ten times the 95th percentile of a step's time
             if that is longer.
         timeout_seconds: that of the process group. Phases that may take long (loading, saving, the first step of a
-            process) get nine tenths of it, so that the watchdog speaks before the collectives do.
+            process) get nine tenths of it, so that the watchdog speaks before the collectives do, and three times as
+            much when no rank waits for another one.
     """
 
     def __init__(self, post: Post, hang_seconds: float | None, timeout_seconds: float) -> None:
+        self._post = post
         self._hang_seconds = hang_seconds
         self._longest = 0.9 * timeout_seconds
         self._marks = self._steps = 0
@@ -86,10 +88,15 @@ class Heartbeat:
             self._first_step = step
         quick = phase in _OF_A_STEP and self._first_step is not None and step > self._first_step
         bound = self._bound if quick else self._longest
-        PAGE.pack_into(self._page, 0, self._marks, step, now, bound, phase.encode()[:32])
+        PAGE.pack_into(self._page, 0, self._marks, step, now, bound, not quick, phase.encode()[:32])
 
     def close(self) -> None:
-        """Dismiss the watchdog; heartbeat and stacks are removed."""
+        """Dismiss the watchdog and remove the stacks; when the run was judged to hang, end with exit code 71.
+
+        The ranks end one after another: what a rank sees then, a broken connection, is not why the run ended.
+        """
+        if verdict_of(self._post) is not None:
+            os._exit(HangError.exit_code)
         faulthandler.unregister(signal.SIGUSR1)
         self._link.shutdown(socket.SHUT_RDWR)
         self._process.wait(_DISMISS_SECONDS)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,14 @@ _IN_TRAINING = {"data_wait", "compute", "communication_wait"}
 class TimeLedger:
     """Writes time.jsonl. Call it with (phase, step) as each phase begins; it is also an observer of the run.
 
-    A failing ledger must not cost a run: the first error is said on stderr, and nothing is written after it.
+    `blocked_seconds` tells how long this process has waited in collectives so far, as far as it can see that. A failing
+    ledger must not cost a run: the first error is said on stderr, and nothing is written after it.
     """
 
-    def __init__(self, run: RunDirectory, ranks: int) -> None:
+    def __init__(self, run: RunDirectory, ranks: int, blocked_seconds: Callable[[], float] = float) -> None:
         self._run = run
+        self._blocked_seconds = blocked_seconds
+        self._blocked = blocked_seconds()
         # The wall clock may be set while we run; two lines of one process shall not see it.
         self._offset = time.time() - time.monotonic()
         self._lines: JsonLines | None = None
@@ -70,7 +74,10 @@ class TimeLedger:
         if self._class in self._of_step:
             self._of_step[self._class] += seconds
         self._class = _CLASSES.get(phase.partition(":")[0], "compute")
+        if phase == "data":
+            self._blocked = self._blocked_seconds()
         if phase == "observe":
+            self._count_collectives()
             waits = {name: round(waited, 6) for name, waited in self._of_step.items()}
             self._of_step = dict.fromkeys(self._of_step, 0.0)
             self._steps += 1
@@ -81,6 +88,14 @@ class TimeLedger:
             self._written = mark
             self._saves += mark == "checkpoint"
             self._write(now, mark)
+
+    def _count_collectives(self) -> None:
+        """Waits in ZeRO's collectives happened while the step computed."""
+        inside = self._blocked_seconds() - self._blocked - self._of_step["communication_wait"]
+        inside = min(max(0.0, inside), self._totals["compute"])
+        self._of_step["communication_wait"] += inside
+        self._totals["communication_wait"] += inside
+        self._totals["compute"] -= inside
 
     def begin_training(self, step: int) -> None:
         """The loop begins after `step`, which was restored (0: from the beginning)."""

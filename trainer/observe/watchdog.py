@@ -32,9 +32,11 @@ from typing import Any, TypeVar
 
 from trainer.observe.verdict import KERNEL, RUNNING, SILENT, STOPPED, Sighting, Verdict, judge, read_stacks
 
-PAGE = struct.Struct("<Qqdd32s")
-"""Marks, step, monotonic time of the newest mark, bound in seconds (0: none), phase."""
+PAGE = struct.Struct("<Qqdd?32s")
+"""Marks, step, monotonic time of the newest mark, bound in seconds, whether it may take longer, phase."""
 EXIT_NOW = b"x"
+PATIENCE = 3.0
+"""Times the bound that a patient phase may take although nobody waits for it."""
 _FILE_SECONDS = 3.0
 _DUMP_SECONDS = 2.0
 _EXIT_SECONDS = 2.0
@@ -84,6 +86,8 @@ class Mark:
     step: int
     since: float
     bound: float
+    patient: bool
+    """The phase may take longer than its bound (loading a model from a slow disk) as long as no rank waits for it."""
     phase: str
 
 
@@ -92,8 +96,16 @@ def read_page(page: mmap.mmap) -> Mark:
     while True:
         first, second = page[: PAGE.size], page[: PAGE.size]
         if first == second:
-            marks, step, since, bound, phase = PAGE.unpack(first)
-            return Mark(marks, step, since, bound, phase.rstrip(b"\0").decode(errors="replace"))
+            marks, step, since, bound, patient, phase = PAGE.unpack(first)
+            return Mark(marks, step, since, bound, patient, phase.rstrip(b"\0").decode(errors="replace"))
+
+
+def verdict_of(post: Post) -> Verdict | None:
+    """The verdict over this attempt, when there is one."""
+    entry = _read(post.hang)
+    if not entry or entry.get("attempt") != post.attempt:
+        return None
+    return Verdict(tuple(entry["ranks"]), entry["verdict"])
 
 
 def main(post: Post, page_fd: int, link_fd: int) -> None:
@@ -105,6 +117,7 @@ def main(post: Post, page_fd: int, link_fd: int) -> None:
     link = socket.socket(fileno=link_fd)
     watch = _Watch(post, page)
     last = awake_since = time.monotonic()
+    acquitted_until = 0.0
     while not _ended(link, watch.interval):
         now = time.monotonic()
         if now - last > 2 * watch.interval + 5.0:
@@ -112,12 +125,16 @@ def main(post: Post, page_fd: int, link_fd: int) -> None:
             awake_since = now
         last = now
         mark = read_page(page)
-        stalled = bool(mark.bound) and now - max(mark.since, awake_since) > mark.bound
+        age = now - max(mark.since, awake_since)
+        stalled = age > mark.bound
         watch.publish(mark, stalled)
-        if stalled and watch.all_stand_still():
-            verdict = watch.judge()
+        if not stalled or now < acquitted_until or not watch.all_stand_still():
+            continue
+        verdict = watch.judge(strict=not mark.patient or age > PATIENCE * mark.bound)
+        if verdict is not None:
             watch.end_rank(verdict, link)
             return
+        acquitted_until = now + mark.bound / 4
 
 
 class _Watch:
@@ -134,7 +151,7 @@ class _Watch:
     def interval(self) -> float:
         """Seconds between two looks at the page."""
         bound = read_page(self._page).bound
-        return min(max(bound / 20, 0.2), 5.0) if bound else 5.0
+        return min(max(bound / 20, 0.2), 5.0)
 
     def publish(self, mark: Mark, stalled: bool) -> None:
         """Tell the others where our rank is."""
@@ -158,13 +175,19 @@ class _Watch:
         beats = self._beats()
         return all(self._is_still(rank, beats.get(rank)) for rank in range(self._post.world_size))
 
-    def judge(self) -> Verdict:
-        """Have our rank dump its stacks, wait for those of the others, and judge."""
+    def judge(self, strict: bool) -> Verdict | None:
+        """Have our rank dump its stacks, wait for those of the others, and judge.
+
+        Unless `strict`, None when no rank waits for another one: then all are merely slow.
+        """
         with suppress(OSError):
             os.kill(self._post.pid, signal.SIGUSR1)
         self._wait(_DUMP_SECONDS, lambda: all(_settled(self._stacks(rank)) for rank in self._running()))
         beats = self._beats()
-        verdict = judge([self._sighting(rank, beats.get(rank)) for rank in range(self._post.world_size)])
+        seen = [self._sighting(rank, beats.get(rank)) for rank in range(self._post.world_size)]
+        if not strict and not any(sighting.collective for sighting in seen):
+            return None
+        verdict = judge(seen)
         heard = [rank for rank, beat in beats.items() if not self._is_silent(rank, beat)]
         if self._post.rank == min(heard, default=self._post.rank):
             entry = {"attempt": self._post.attempt, "ranks": verdict.ranks, "verdict": verdict.sentence}
@@ -193,10 +216,7 @@ class _Watch:
                 os.kill(self._post.pid, signal.SIGKILL)
 
     def _verdict_of_the_first(self) -> Verdict | None:
-        entry = _within(_FILE_SECONDS, lambda: _read(self._post.hang))
-        if not entry or entry.get("attempt") != self._post.attempt:
-            return None
-        return Verdict(tuple(entry["ranks"]), entry["verdict"])
+        return _within(_FILE_SECONDS, lambda: verdict_of(self._post))
 
     def _is_still(self, rank: int, beat: dict[str, Any] | None) -> bool:
         return rank == self._post.rank or self._is_silent(rank, beat) or (beat is not None and bool(beat["stalled"]))
