@@ -15,8 +15,8 @@
 
 A step counts until an attempt resumes before it; then its first execution is lost work, and the second one counts.
 Communication is measured where it costs nothing: gloo's collectives block the program, so their time is known
-(`trainer.collectives.blocked_seconds`). Those of a GPU run beside it, and to time them would stop it; there only the one
-small sum over all ranks that ends every step is counted, and the rest is in compute. Torch-free.
+(`trainer.collectives.blocked_seconds`). Those of a GPU run beside it, and to time them would stop it; there only the
+one small sum over all ranks that ends every step is counted, and the rest is in compute. Torch-free.
 """
 
 from __future__ import annotations
