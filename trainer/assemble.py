@@ -63,7 +63,9 @@ def train(config: Config, world: World, stop: StopFlag) -> None:
 def train_joined(config: Config, world: World, stop: StopFlag, run: RunDirectory, kind: devices.DeviceType) -> None:
     """The same, inside a process group that exists already and outlives the run; rank 0 holds the run's lock."""
     from trainer import collectives
-    from trainer.checkpoint.resume import Checkpointer
+    from trainer.checkpoint.capture import Capture, RunSaver
+    from trainer.checkpoint.resume import Restorer
+    from trainer.checkpoint.saving import Saves
     from trainer.model.self_check import check_model
 
     device = devices.torch_device(kind, world.local_rank)
@@ -110,19 +112,17 @@ def train_joined(config: Config, world: World, stop: StopFlag, run: RunDirectory
         packing=config.data.packing,
         dtype=config.model.dtype,
     )
-    checkpointer = Checkpointer(
-        directory=run.checkpoints,
+    capture = Capture(
         engine=engine,
         feed=feed,
         world=world,
-        exchange=collectives.exchange,
         identity=run_identity(config, store, rows, run),
         model_files=run.model_files,
         probe=probe_prompts(store, rows.sequence_length),
-        seed=config.run.seed,
-        keep=config.checkpoint.keep,
     )
-    restored = checkpointer.restore()
+    restored = Restorer(
+        run.checkpoints, capture, collectives.exchange, seed=config.run.seed, strict=config.checkpoint.strict
+    ).restore()
     state = restored or TrainState()
     if world.is_first:
         # Only now: a start that was refused leaves the record of the run as it was.
@@ -135,7 +135,17 @@ def train_joined(config: Config, world: World, stop: StopFlag, run: RunDirectory
         )
     else:
         record = nullcontext(Record([], lambda final, stopped, reason: None))
-    with record as observed, closing(feed):
+    saves = Saves(
+        run.checkpoints,
+        rank=world.rank,
+        exchange=collectives.exchange,
+        keep=config.checkpoint.keep,
+        newest=restored.step if restored else None,
+    )
+    saver = RunSaver(capture, saves)
+    with record as observed, closing(feed), closing(saves):
+        if config.checkpoint.asynchronous:
+            saver.write_in_background()
         loop = Loop(
             engine=engine,
             feed=feed,
@@ -144,7 +154,7 @@ def train_joined(config: Config, world: World, stop: StopFlag, run: RunDirectory
             evaluate_every=config.evaluate.every_steps,
             save_every=config.checkpoint.every_steps,
             evaluate=_evaluation(config, engine, held_out, rows, world),
-            save=checkpointer.save,
+            saver=saver,
             observers=observed.observers,
             stop=stop,
         )
@@ -170,7 +180,7 @@ def _build_engine(config: Config, world: World, run: RunDirectory, device: Any, 
 
     from trainer import collectives
     from trainer.engine.deepspeed_engine import DeepSpeedEngine, ZeroThreeHook
-    from trainer.model.load import load_language_model
+    from trainer.model.load import load_language_model, train_only
     from trainer.model.supervised import SupervisedLanguageModel, unsupported_head
     from trainer.optim.schedules import share_of_peak
 
@@ -192,6 +202,7 @@ def _build_engine(config: Config, world: World, run: RunDirectory, device: Any, 
         )
     finally:
         hook.release()
+    train_only(language_model, config.model.trainable)
     if (reason := unsupported_head(language_model)) is not None:
         raise DataError(f"{model_directory(config, run)} cannot be trained: {reason}", "it is not supported yet")
     optimizer = config.optimizer

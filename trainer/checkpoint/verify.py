@@ -35,7 +35,7 @@ class Manifest:
     files: dict[str, dict[str, Any]]
     """Relative file name to {bytes, xxh3_128}; every file but the manifest itself."""
     parameters: dict[str, dict[str, Any]]
-    """Parameter name to {shape, dtype of the live model}, in model order; tied aliases are left out."""
+    """Parameter name to {shape, dtype of the live model, frozen if it is}, in model order; no tied aliases."""
     tied: dict[str, str]
     """Alias of a tied parameter to the name it is stored under."""
     buffers: dict[str, dict[str, Any]]
@@ -69,13 +69,17 @@ def manifest_text(manifest: Manifest) -> str:
 def read_manifest(path: Path) -> Manifest:
     """The manifest of the checkpoint directory `path`; CheckpointError when it is absent or not as written."""
     try:
-        body = json.loads((path / MANIFEST_NAME).read_bytes())
+        text = (path / MANIFEST_NAME).read_bytes()
+        body = json.loads(text)
         digest = body.pop("sha256_of_body")
         if digest != _hash_of_body(body):
             raise damaged(path, f"{MANIFEST_NAME} does not match its own hash")
         if body["format"] != FORMAT:
             raise damaged(path, f"format {body['format']} is not the format {FORMAT} this version reads")
         manifest = Manifest(**body)
+        if manifest_text(manifest).encode() != text:
+            # Numbers and escapes can be spelt in several ways: what is not byte for byte ours was changed.
+            raise damaged(path, f"{MANIFEST_NAME} is not as it was written")
     except FileNotFoundError as error:
         raise damaged(path, f"{MANIFEST_NAME} is missing") from error
     except OSError as error:
@@ -112,13 +116,18 @@ def verify_files(path: Path, manifest: Manifest, names: Iterable[str] | None = N
             raise damaged(path, f"{name} does not match its hash")
 
 
+def refuse_foreign_files(path: Path, manifest: Manifest) -> None:
+    """CheckpointError naming a file that lies in the checkpoint and was not committed with it."""
+    present = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_symlink() or not file.is_dir()}
+    if foreign := sorted(present - {*manifest.files, MANIFEST_NAME}):
+        raise damaged(path, f"{foreign[0]} does not belong to it")
+
+
 def verify_checkpoint(path: Path) -> Manifest:
     """Read the manifest and check every file; foreign files inside are damage too."""
     manifest = read_manifest(path)
+    refuse_foreign_files(path, manifest)
     verify_files(path, manifest)
-    present = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()} - {MANIFEST_NAME}
-    if foreign := sorted(present - set(manifest.files)):
-        raise damaged(path, f"{foreign[0]} does not belong to it")
     return manifest
 
 
