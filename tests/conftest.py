@@ -14,6 +14,19 @@ from tests.support.ranks import RankPool
 os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add --seed: what random tests start from, to replay a failure."""
+    parser.addoption("--seed", type=int, default=7, help="seed of the random tests (default 7)")
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """The seed of this run, printed so that a failure tells it."""
+    value: int = request.config.getoption("--seed")
+    print(f"replay with --seed {value}")
+    return value
+
+
 @pytest.fixture(scope="session")
 def one_rank() -> Iterator[RankPool]:
     """A warm process that is the only rank."""
@@ -26,6 +39,14 @@ def one_rank() -> Iterator[RankPool]:
 def two_ranks() -> Iterator[RankPool]:
     """A warm pair of ranks."""
     pool = RankPool(2)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def four_ranks() -> Iterator[RankPool]:
+    """Four warm ranks, of which cases may use fewer (see tests.support.training.train_among)."""
+    pool = RankPool(4)
     yield pool
     pool.close()
 

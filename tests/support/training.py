@@ -150,7 +150,12 @@ def losses(run: Path) -> list[float]:
 def gathered(run: Path) -> dict[str, np.ndarray[Any, Any]]:
     """Whole fp32 masters and moments of the newest checkpoint, by kind and parameter."""
     reader = SliceReader(find_checkpoint(run))
-    return {f"{kind} {name}": reader.read(kind, name) for kind in KINDS for name in reader.parameters}
+    return {
+        f"{kind} {name}": reader.read(kind, name)
+        for kind in KINDS
+        for name in reader.parameters
+        if kind in reader.kinds(name)
+    }
 
 
 def digest(run: Path) -> str:
@@ -166,3 +171,38 @@ def largest_difference(left: Path, right: Path, kind: str = "master") -> float:
     first, second = gathered(left), gathered(right)
     assert first.keys() == second.keys()
     return max(float(np.abs(first[name] - second[name]).max()) for name in first if name.startswith(kind))
+
+
+def train_among(world: Any, kind: str, size: int, port: int, values: dict[str, Any]) -> str | None:
+    """Case: as `train`, but among the first `size` ranks of the pool only, in a process group of their own.
+
+    Starting torch and DeepSpeed costs seconds a process; joining another group costs hundredths of one.
+    """
+    import os
+    from dataclasses import replace
+
+    import deepspeed.comm
+    import torch.distributed as dist
+    from deepspeed.runtime.zero.partition_parameters import Init
+    from deepspeed.utils import groups
+
+    from trainer import collectives
+
+    # Ranks compare the numbers of their parameters, and those that did not take part last time counted less.
+    Init.param_id = 0
+    dist.destroy_process_group()
+    deepspeed.comm.comm.cdb = None
+    for name in ("_WORLD_GROUP", "_ZERO_PARAM_INTRA_PARALLEL_GROUP", "_DATA_PARALLEL_GROUP", "_MODEL_PARALLEL_GROUP"):
+        setattr(groups, name, None)
+    alone = world.rank >= size
+    member = replace(
+        world,
+        rank=0 if alone else world.rank,
+        local_rank=0 if alone else world.rank,
+        world_size=1 if alone else size,
+        local_world_size=1 if alone else size,
+        master_port=port + 1 + world.rank if alone else port,
+    )
+    os.environ |= {"WORLD_SIZE": str(member.world_size), "RANK": str(member.rank), "LOCAL_RANK": str(member.rank)}
+    collectives.join(member, "gloo", timeout_seconds=60)
+    return None if alone else train(member, kind, values)

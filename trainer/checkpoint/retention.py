@@ -70,6 +70,8 @@ def sweep(checkpoints: Path) -> None:
     for pattern in (".tmp-*", ".del-*"):
         for path in checkpoints.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
+    for path in checkpoints.glob(".latest.*.tmp"):
+        path.unlink(missing_ok=True)
 
 
 def discard(path: Path) -> None:
