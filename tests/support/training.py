@@ -206,3 +206,42 @@ def train_among(world: Any, kind: str, size: int, port: int, values: dict[str, A
     os.environ |= {"WORLD_SIZE": str(member.world_size), "RANK": str(member.rank), "LOCAL_RANK": str(member.rank)}
     collectives.join(member, "gloo", timeout_seconds=60)
     return None if alone else train(member, kind, values)
+
+
+class DiskFills:
+    """A stop request that never comes, and a disk that is full from one step on until another."""
+
+    def __init__(self, place: Path, full_at: int, free_at: int) -> None:
+        self._place, self._full_at, self._free_at = place, full_at, free_at
+        self._asked = 0
+
+    @property
+    def requested(self) -> None:
+        """Asked once a step by the loop."""
+        from tests.support.small_disk import fill
+
+        self._asked += 1
+        if self._asked == self._full_at:
+            fill(self._place, 0)
+        if self._asked == self._free_at:
+            (self._place / "ballast").unlink()
+
+
+def train_while_the_disk_fills(
+    world: Any, kind: str, values: dict[str, Any], place: str, full_at: int, free_at: int
+) -> str | None:
+    """Case: as `train`, but while it runs the disk at `place` has no room left, from one step to another."""
+    from trainer.assemble import train_joined
+    from trainer.config.schema import Config
+    from trainer.errors import SteadfastError
+    from trainer.run_directory import RunDirectory
+
+    config = Config.model_validate(values)
+    run = RunDirectory(Path(config.run.dir))
+    run.path.mkdir(parents=True, exist_ok=True)
+    stop = DiskFills(Path(place), full_at, free_at) if world.rank == 0 else StopAfter(0)
+    try:
+        train_joined(config, world, stop, run, kind)  # type: ignore[arg-type]
+    except SteadfastError as error:
+        return f"{error.exit_code}: {error}"
+    return None

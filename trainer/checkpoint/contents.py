@@ -18,8 +18,9 @@ import numpy as np
 from trainer.durable import sync_file, write_file, xxh3_of_file
 from trainer.tensor_file import DTYPE_BYTES, NUMPY_DTYPES, TensorFileWriter
 
-SMALL_FILES_BYTES = 32 << 20
-"""Allowance for headers, texts and copied files when room on the disk is checked."""
+SPARE_BYTES = 1 << 20
+"""What a checkpoint takes beside its contents: manifest, directories, the last block of each file."""
+_HEADER_BYTES = 160
 
 Files = dict[str, dict[str, Any]]
 """Relative file name to {bytes, xxh3_128}."""
@@ -61,8 +62,10 @@ class RankContents:
 
     @property
     def disk_bytes(self) -> int:
-        """Room needed on the disk, small files estimated."""
-        return self.tensor_bytes + SMALL_FILES_BYTES // 8
+        """Room needed on the disk: headers estimated, a little more than less."""
+        headers = sum(_HEADER_BYTES + len(key) for file in self.tensors.values() for key in file)
+        copies = sum(source.stat().st_size for source in self.copies.values())
+        return self.tensor_bytes + headers + copies + sum(map(len, self.texts.values()))
 
 
 def numpy_dtype(name: str) -> Any:

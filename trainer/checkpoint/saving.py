@@ -28,7 +28,7 @@ from trainer.checkpoint.commit import (
     commit_checkpoint,
     open_attempt,
 )
-from trainer.checkpoint.contents import SMALL_FILES_BYTES, Files, RankContents, write_contents
+from trainer.checkpoint.contents import SPARE_BYTES, Files, RankContents, write_contents
 from trainer.checkpoint.retention import retain
 from trainer.checkpoint.verify import Manifest, manifest_text, step_directory
 from trainer.checkpoint.writer_process import WriterProcess
@@ -185,7 +185,7 @@ class Saves:
                 mine |= _failure(error)
         answers = self.exchange(mine)
         problem = _first_problem(answers)
-        needed = sum(answer["bytes"] for answer in answers) + SMALL_FILES_BYTES // 8
+        needed = sum(answer["bytes"] for answer in answers) + SPARE_BYTES
         if problem is None and needed > answers[0]["free"]:
             problem = (
                 f"the checkpoint needs {needed / 2**20:,.0f} MiB and {self.checkpoints} has "
