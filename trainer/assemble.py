@@ -141,6 +141,7 @@ def train_joined(config: Config, world: World, stop: StopFlag, run: RunDirectory
         exchange=collectives.exchange,
         keep=config.checkpoint.keep,
         newest=restored.step if restored else None,
+        mirror=_uploads(config, run, restored) if world.is_first else None,
     )
     saver = RunSaver(capture, saves)
     with record as observed, closing(feed), closing(saves):
@@ -163,6 +164,19 @@ def train_joined(config: Config, world: World, stop: StopFlag, run: RunDirectory
     engine.close()
     if cache is not None:
         cache.close()
+
+
+def _uploads(config: Config, run: RunDirectory, restored: TrainState | None) -> Any:
+    if config.checkpoint.upload is None:
+        return None
+    from trainer.checkpoint.upload import Uploads
+    from trainer.checkpoint.verify import step_directory
+
+    uploads = Uploads(config.checkpoint.upload)
+    if restored is not None:
+        # The run before may have ended while this one was being copied.
+        uploads.add(step_directory(run.checkpoints, restored.step))
+    return uploads
 
 
 def refuse_shared_devices(ranks: Sequence[dict[str, str]]) -> None:

@@ -165,6 +165,8 @@ class RunSaver:
         while not any(report.step == state.step and report.outcome == "committed" for report in reports):
             reports += self.begin(state, metrics)
             reports += self.saves.wait()
+        if self.saves.mirror is not None:
+            reports += self.saves.mirror.finish()
         return reports
 
 

@@ -14,7 +14,7 @@ is a function, so the protocol is tested with plain processes that are killed at
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +47,7 @@ def commit_checkpoint(
     writer: Writer,
     describe: Callable[[dict[str, dict[str, Any]]], Manifest],
     keep: int,
+    protected: Sequence[int] = (),
 ) -> Path:
     """Save one checkpoint; all ranks call this together and all return its path or all raise CannotWriteError.
 
@@ -76,7 +77,7 @@ def commit_checkpoint(
     _together(writer, publish_here, attempt)
     writer.on_phase("retain")
     if writer.rank == 0:
-        retain(checkpoints, keep, newest=step)
+        retain(checkpoints, keep, newest=step, protected=protected)
     return target
 
 

@@ -53,6 +53,12 @@ class Mirror(Protocol):
     def pending(self) -> list[int]:
         """Steps that must not be removed yet."""
 
+    def finish(self) -> list[SaveReport]:
+        """Wait for all copies."""
+
+    def close(self) -> None:
+        """End it."""
+
 
 @dataclass
 class _InFlight:
@@ -167,9 +173,11 @@ class Saves:
         return reports
 
     def close(self) -> None:
-        """End the writer process."""
+        """End the processes that write and upload."""
         if self.writer is not None:
             self.writer.close()
+        if self.mirror is not None:
+            self.mirror.close()
 
     def _open(self, step: int, size: int) -> str | None:
         """Make room and the directory; why there is neither, equal on all ranks, or None."""
@@ -198,7 +206,8 @@ class Saves:
     def _write_here(self, save: _InFlight, contents: RankContents) -> str | None:
         writer = Writer(self.rank, lambda place: write_contents(contents, place), self.exchange, self.on_phase)
         try:
-            commit_checkpoint(self.checkpoints, save.step, writer, save.describe, self.keep)
+            protected = self.mirror.pending if self.mirror is not None else []
+            commit_checkpoint(self.checkpoints, save.step, writer, save.describe, self.keep, protected)
         except CannotWriteError as error:
             return error.fact
         finally:
