@@ -183,13 +183,15 @@ def train_among(world: Any, kind: str, size: int, port: int, values: dict[str, A
 
     import deepspeed.comm
     import torch.distributed as dist
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
     from deepspeed.runtime.zero.partition_parameters import Init
     from deepspeed.utils import groups
 
     from trainer import collectives
 
-    # Ranks compare the numbers of their parameters, and those that did not take part last time counted less.
+    # Ranks compare the numbers of their parameters and modules, and those that took part less often counted less.
     Init.param_id = 0
+    DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0  # type: ignore[index]
     dist.destroy_process_group()
     deepspeed.comm.comm.cdb = None
     for name in ("_WORLD_GROUP", "_ZERO_PARAM_INTRA_PARALLEL_GROUP", "_DATA_PARALLEL_GROUP", "_MODEL_PARALLEL_GROUP"):
