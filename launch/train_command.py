@@ -42,11 +42,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Declare `train CONFIG [section.key=value ...] [--nproc N]`."""
     add_config_arguments(parser)
     parser.add_argument("--nproc", type=int, metavar="N", help="ranks to start on this machine (1 when not given)")
+    parser.add_argument(
+        "--strict", action="store_true", help="a damaged newest checkpoint is an error (checkpoint.strict=true)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Be one rank when a launcher started us, else start ranks on this machine; returns the exit code."""
     world = resolve(os.environ)
+    if arguments.strict:
+        arguments.overrides.append("checkpoint.strict=true")
     if world is None:
         processes = 1 if arguments.nproc is None else arguments.nproc
         require_gpus("--nproc", processes, os.environ)

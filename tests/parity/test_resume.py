@@ -65,6 +65,12 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(tmp_pat
     content[-100] ^= 1
     newest.write_bytes(content)
     assert find_checkpoint(run).name == "step-00000004"
+    found = two_ranks.run(TRAIN, values=settings(run, store.path, checkpoint__strict=True, **changes))
+    named = "step-00000006 is damaged: rank-00001-of-00002.safetensors does not match its hash"
+    assert all(error.startswith("74: ") and named in error for error in found)
+    (newest.parent / "foreign").write_text("x")
+    found = two_ranks.run(TRAIN, values=settings(run, store.path, checkpoint__strict=True, **changes))
+    assert all(error.startswith("74: ") and "foreign does not belong to it" in error for error in found)
     run_straight(two_ranks, run, store, **changes)
     assert digest(run) == expected
     assert committed_steps(run / "checkpoints") == [6, 4, 2]
