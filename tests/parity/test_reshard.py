@@ -6,8 +6,8 @@ Bitwise on the same number of ranks, to rounding (fp32) on another one: losses, 
 import json
 import random
 import shutil
-import socket
 from functools import cache
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +59,7 @@ class Runs:
 
     def __init__(self, pool, store, directory: Path) -> None:
         self._pool, self._store, self._directory = pool, store, directory
+        self._numbers = count()
         self.straight = cache(self._straight)
 
     def _straight(self, setup: str, size: int, stage: int) -> Path:
@@ -90,9 +91,8 @@ class Runs:
         values["train"] |= {"global_batch_size": 12, "micro_batch_size": 1}
         values["model"] |= {"dtype": chosen.get("dtype", "float32"), "trainable": chosen.get("trainable")}
         values["model"]["config"]["tie_word_embeddings"] = chosen.get("tie_word_embeddings", True)
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
-        assert self._pool.run(AMONG, size=size, port=port, values=values) == [None] * 4
+        meeting_point = str(self._directory / f"meeting-{next(self._numbers)}")
+        assert self._pool.run(AMONG, size=size, meeting_point=meeting_point, values=values) == [None] * 4
 
 
 @pytest.fixture(scope="module")

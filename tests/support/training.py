@@ -173,13 +173,15 @@ def largest_difference(left: Path, right: Path, kind: str = "master") -> float:
     return max(float(np.abs(first[name] - second[name]).max()) for name in first if name.startswith(kind))
 
 
-def train_among(world: Any, kind: str, size: int, port: int, values: dict[str, Any]) -> str | None:
+def train_among(world: Any, kind: str, size: int, meeting_point: str, values: dict[str, Any]) -> str | None:
     """Case: as `train`, but among the first `size` ranks of the pool only, in a process group of their own.
 
-    Starting torch and DeepSpeed costs seconds a process; joining another group costs hundredths of one.
+    Starting torch and DeepSpeed costs seconds a process; joining another group costs hundredths of one. They meet at
+    the new file `meeting_point`.
     """
     import os
     from dataclasses import replace
+    from datetime import timedelta
 
     import deepspeed.comm
     import torch.distributed as dist
@@ -187,27 +189,25 @@ def train_among(world: Any, kind: str, size: int, port: int, values: dict[str, A
     from deepspeed.runtime.zero.partition_parameters import Init
     from deepspeed.utils import groups
 
-    from trainer import collectives
-
     # Ranks compare the numbers of their parameters and modules, and those that took part less often counted less.
     Init.param_id = 0
     DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0  # type: ignore[index]
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
     deepspeed.comm.comm.cdb = None
     for name in ("_WORLD_GROUP", "_ZERO_PARAM_INTRA_PARALLEL_GROUP", "_DATA_PARALLEL_GROUP", "_MODEL_PARALLEL_GROUP"):
         setattr(groups, name, None)
-    alone = world.rank >= size
-    member = replace(
-        world,
-        rank=0 if alone else world.rank,
-        local_rank=0 if alone else world.rank,
-        world_size=1 if alone else size,
-        local_world_size=1 if alone else size,
-        master_port=port + 1 + world.rank if alone else port,
+    if world.rank >= size:
+        return None
+    os.environ |= {"WORLD_SIZE": str(size), "RANK": str(world.rank), "LOCAL_RANK": str(world.rank)}
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{meeting_point}",
+        rank=world.rank,
+        world_size=size,
+        timeout=timedelta(seconds=120),
     )
-    os.environ |= {"WORLD_SIZE": str(member.world_size), "RANK": str(member.rank), "LOCAL_RANK": str(member.rank)}
-    collectives.join(member, "gloo", timeout_seconds=60)
-    return None if alone else train(member, kind, values)
+    return train(replace(world, world_size=size, local_world_size=size), kind, values)
 
 
 class DiskFills:

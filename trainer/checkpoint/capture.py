@@ -33,6 +33,8 @@ from trainer.world import World
 
 PROBE_POSITIONS = 8
 """Positions of each probe prompt whose logits are stored."""
+BRIEF_PROMPTS, BRIEF_LENGTH = 2, 16
+"""What a save that training waits for as little as possible asks of each probe prompt."""
 _TORCH_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
@@ -50,9 +52,13 @@ class Capture:
     probe: np.ndarray[Any, np.dtype[np.int64]]
     """Token ids of pinned prompts [prompts, length]."""
 
-    def contents(self, state: TrainState) -> RankContents:
-        """This rank's files, as they would be written now. Collective: the model answers the probe prompts."""
-        logits = self.engine.logits(_as_batch(self.probe), PROBE_POSITIONS).numpy()
+    def contents(self, state: TrainState, *, brief: bool) -> RankContents:
+        """This rank's files, as they would be written now. Collective: the model answers the probe prompts.
+
+        `brief`: it answers a part of them only, which is most of what training would wait for.
+        """
+        probe = self.probe[:BRIEF_PROMPTS, :BRIEF_LENGTH] if brief else self.probe
+        logits = self.engine.logits(_as_batch(probe), PROBE_POSITIONS).numpy()
         own = self._slices()
         for name, array in generator_states(self.engine.kind).items():
             own[f"rng:{name}"] = from_array(array, DTYPE_NAMES[array.dtype])
@@ -64,7 +70,7 @@ class Capture:
             array = wide.cpu().contiguous().numpy()
             own[f"buffer:0:{name}"] = from_array(array, DTYPE_NAMES[array.dtype])
         tensors["probe.safetensors"] = {
-            "input_ids": from_array(self.probe, "I64"),
+            "input_ids": from_array(probe, "I64"),
             "logits": from_array(logits, "F32"),
         }
         body = {"progress": state.as_json(), "feed": self.feed.state_dict(), **self.engine.counters()}
@@ -153,8 +159,7 @@ class RunSaver:
 
     def begin(self, state: TrainState, metrics: dict[str, float]) -> list[SaveReport]:
         """Start saving `state`; returns saves that ended meanwhile. `metrics` were evaluated at this step."""
-        describe: Callable[[Files], Manifest] = partial(self.capture.manifest, state, metrics)
-        return self.saves.begin(state.step, lambda: self.capture.contents(state), describe)
+        return self._begin(state, metrics, brief=self.saves.writer is not None)
 
     def finish(self, state: TrainState, metrics: dict[str, float]) -> list[SaveReport]:
         """Save `state` and wait until it is committed, trying again when a save is given up.
@@ -163,11 +168,15 @@ class RunSaver:
         """
         reports: list[SaveReport] = []
         while not any(report.step == state.step and report.outcome == "committed" for report in reports):
-            reports += self.begin(state, metrics)
+            reports += self._begin(state, metrics, brief=False)
             reports += self.saves.wait()
         if self.saves.mirror is not None:
             reports += self.saves.mirror.finish()
         return reports
+
+    def _begin(self, state: TrainState, metrics: dict[str, float], *, brief: bool) -> list[SaveReport]:
+        describe: Callable[[Files], Manifest] = partial(self.capture.manifest, state, metrics)
+        return self.saves.begin(state.step, partial(self.capture.contents, state, brief=brief), describe)
 
 
 def available_memory() -> int | None:

@@ -70,6 +70,14 @@ class _InFlight:
     committing: bool = False
     outcome: dict[str, Any] | None = None
     """This rank's part of the present phase, once it has settled."""
+    waiting_since: float | None = None
+
+    def count(self, began: float) -> None:
+        """Training stood still for this save from `began` until now; waiting for it is counted from its own begin."""
+        if self.waiting_since is None:
+            self.blocked += time.monotonic() - began
+        else:
+            self.waited = time.monotonic() - self.waiting_since
 
 
 @dataclass
@@ -128,6 +136,7 @@ class Saves:
 
     def settle(self, votes: float, ranks: int) -> list[SaveReport]:
         """Move on when all ranks voted for it; `votes` is the sum over `ranks` ranks. Returns the save if it ended."""
+        began = time.monotonic()
         reports = self.mirror.reports() if self.mirror is not None else []
         save = self._in_flight
         if save is None or votes < ranks:
@@ -151,10 +160,12 @@ class Saves:
                     )
                 except SteadfastError as error:
                     save.outcome = _failure(error)
+            save.count(began)
             return reports
         if problem is not None and self.rank == 0:
             abandon(attempt)
         self._in_flight = None
+        save.count(began)
         return [*reports, self._ended(save, problem)]
 
     def wait(self) -> list[SaveReport]:
@@ -163,7 +174,7 @@ class Saves:
         began = time.monotonic()
         while (save := self._in_flight) is not None:
             votes = self.exchange({"vote": self.vote})
-            save.waited = time.monotonic() - began
+            save.waiting_since = began
             reports += self.settle(sum(entry["vote"] for entry in votes), len(votes))
             if self._in_flight is save:
                 if save.outcome is None and self.writer is not None and not (save.committing and self.rank != 0):
