@@ -23,7 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "config": ("trainer.config.command", "check, show and explain a configuration; print its JSON schema"),
     "train": ("launch.train_command", "train: N local processes, or one rank when a launcher started us"),
     "launch": ("launch.command", "start a training run: local processes or a Ray cluster"),
-    "checkpoint": ("tools.checkpoint", "list, verify, prune and pin checkpoints"),
+    "checkpoint": ("tools.checkpoint", "list, verify, prune, pin and import checkpoints"),
     "export": ("tools.export", "turn a checkpoint into a safetensors model and prove it"),
     "quantize": ("tools.quantize", "make a smaller model and say what it lost"),
     "eval": ("tools.eval", "exact match of a model's answers on held-out prompts"),

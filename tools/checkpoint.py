@@ -1,10 +1,11 @@
-"""List, verify, prune and pin checkpoints.
+"""List, verify, prune, pin and import checkpoints.
 
 steadfast checkpoint list runs/NAME
 steadfast checkpoint verify runs/NAME                      every byte of every checkpoint; 74 when one is damaged
 steadfast checkpoint verify out/model                      an exported or quantized model, too
 steadfast checkpoint prune runs/NAME --keep 2 --dry-run
 steadfast checkpoint pin runs/NAME 1200                    retention never removes it; unpin lets go
+steadfast checkpoint import my.yaml old/global_step900 --i-trust-this-file      go on from a DeepSpeed checkpoint
 
 The newest valid checkpoint, the best (lowest evaluation loss) and those that are pinned are never removed.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,13 +63,23 @@ def configure(parser: argparse.ArgumentParser) -> None:
         action.add_argument("run", type=Path, metavar="RUN")
         action.add_argument("step", type=int, metavar="STEP")
 
+    imported = commands.add_parser("import", help="take over a run that DeepSpeed saved (reads pickles)")
+    imported.add_argument("config", type=Path, metavar="CONFIG", help="the run that is to go on from it")
+    imported.add_argument("source", type=Path, metavar="SOURCE", help="ZeRO or universal checkpoint directory")
+    imported.add_argument("overrides", nargs="*", default=[], metavar="section.key=value")
+    imported.add_argument(
+        "--i-trust-this-file",
+        action="store_true",
+        help="DeepSpeed's files are pickles: even the restricted unpickler had holes that run code",
+    )
+
     for action in commands.choices.values():
         action.add_argument("--json", action="store_true", help="print what a program can read")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the action that was typed."""
-    actions = {"list": _list, "verify": _verify, "prune": _prune, "pin": _pin, "unpin": _pin}
+    actions = {"list": _list, "verify": _verify, "prune": _prune, "pin": _pin, "unpin": _pin, "import": _import}
     return actions[arguments.action](arguments)
 
 
@@ -209,6 +221,29 @@ def _pin(arguments: argparse.Namespace) -> int:
     (pin if arguments.action == "pin" else unpin)(checkpoints, arguments.step)
     result: dict[str, Any] = {"step": arguments.step, "pinned": arguments.action == "pin"}
     print(json.dumps(result) if arguments.json else f"step {arguments.step} is {arguments.action}ned")
+    return 0
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    from tools.deepspeed_import import import_checkpoint
+    from trainer.config.load import load_config
+    from trainer.engine import device
+
+    if not arguments.i_trust_this_file:
+        raise UsageError(
+            f"{arguments.source} holds pickles, and a pickle can run code when it is read",
+            "if you would run a program from whoever made it, add --i-trust-this-file",
+        )
+    sys.stderr.write(f"warning: reading pickles from {arguments.source} because you trust it\n")
+    device.prepare()
+    report = import_checkpoint(load_config(arguments.config, arguments.overrides), arguments.source)
+    if arguments.json:
+        print(json.dumps(asdict(report)))
+    else:
+        print(
+            f"{report.layout} checkpoint of {report.ranks} ranks, {report.parameters:,} parameters, is now "
+            f"{report.checkpoint}; the run goes on after step {report.step}"
+        )
     return 0
 
 

@@ -37,6 +37,8 @@ from trainer.state import SaveReport
 
 MAX_FAILURES = 3
 """Saves in a row that may be given up before the run stops."""
+FAILED = float(1 << 24)
+"""More than any number of ranks."""
 _POLL_SECONDS = 0.02
 
 
@@ -125,23 +127,27 @@ class Saves:
 
     @property
     def vote(self) -> float:
-        """This rank's share of the sum that `settle` gets: 1 when it has nothing more to do in the present phase."""
+        """This rank's share of the sum that `settle` gets.
+
+        1 when it has nothing more to do in the present phase, FAILED more when that went wrong.
+        """
         save = self._in_flight
         if save is None:
             return 0.0
         if save.outcome is None and self.writer is not None:
             # While rank 0 commits, the others have nothing to do.
             save.outcome = {} if save.committing and self.rank != 0 else self.writer.reply()
-        return 0.0 if save.outcome is None else 1.0
+        return 0.0 if save.outcome is None else 1.0 + (FAILED if "fact" in save.outcome else 0.0)
 
     def settle(self, votes: float, ranks: int) -> list[SaveReport]:
         """Move on when all ranks voted for it; `votes` is the sum over `ranks` ranks. Returns the save if it ended."""
         began = time.monotonic()
         reports = self.mirror.reports() if self.mirror is not None else []
         save = self._in_flight
-        if save is None or votes < ranks:
+        if save is None or votes % FAILED < ranks:
             return reports
-        outcomes = self.exchange(save.outcome or {})
+        # When all went well, a commit has nothing to tell but that.
+        outcomes = [] if save.committing and votes < FAILED else self.exchange(save.outcome or {})
         problem = _first_problem(outcomes)
         attempt = attempt_directory(self.checkpoints, save.step)
         if problem is None and not save.committing:

@@ -37,7 +37,7 @@ START_COMMAND = (
     "-c",
     f"import sys; sys.path.insert(0, {str(ROOT)!r}); from trainer.checkpoint.writer_process import main; main()",
 )
-_NICENESS = 5
+_NICENESS = 10
 
 
 class SharedMemory:
