@@ -2,19 +2,24 @@
 #   make demo   the whole line on this machine, about six minutes
 #   make test   all tests, no GPU and no network needed
 #   make check  format, lint, types, import directions
+#   make test-cluster  drills on a real Slurm of namespaces; skipped, with the reason, where rights are missing
 #
 # PYTHON  the interpreter to start from. A suitable torch it already has is kept and never replaced.
 # TORCH   what to install when there is none.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test check install clean
+.PHONY: demo test test-cluster check install clean
 
 demo: .venv/.ready
 	.venv/bin/python steadfast.py demo
 
 test: .venv/.ready
 	.venv/bin/python -m pytest
+
+test-cluster: .venv/.ready
+	sh tests/cluster/install.sh
+	.venv/bin/python -m pytest tests/cluster -m cluster
 
 check: .venv/.ready
 	.venv/bin/ruff format --check .

@@ -1,8 +1,13 @@
-"""Start a training run: all ranks on this machine, or ranks on the nodes of a Ray cluster.
+"""Start a training run on this machine, with Slurm, or on a Ray cluster; see how it does; stop it.
 
-steadfast launch local configs/tiny.yaml --ranks-per-node 2
+steadfast launch local configs/tiny.yaml --ranks-per-node 2 --max-restarts 3
+steadfast launch slurm configs/tiny.yaml --nodes 2 --gpus-per-node 8 --sbatch="--partition=gpu --time=12:00:00"
 steadfast launch ray configs/tiny.yaml --nodes 2 --gpus-per-node 8 --address auto
-steadfast launch local configs/tiny.yaml --ranks-per-node 2 --dry-run
+steadfast launch slurm configs/tiny.yaml --nodes 2 --gpus-per-node 8 --dry-run
+
+steadfast launch status runs/tiny
+steadfast launch logs runs/tiny --follow
+steadfast launch stop runs/tiny --graceful
 
 On several nodes the checkout, its Python and the paths of the configuration must be the same on every node.
 """
@@ -16,33 +21,83 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from launch import local_place, places
+from launch.attempts import run_with_restarts, write_reference
 from launch.contract import LAUNCHER_PID, VARIABLES, resolve
 from launch.local import launch_local, plan_local
-from launch.train_command import checked_config, rank_command, require_gpus
+from launch.train_command import add_restart_argument, checked_config, rank_command, require_gpus
 from trainer.config.arguments import add_config_arguments
 from trainer.config.deepspeed import accumulation_steps
 from trainer.config.device import guess_device
 from trainer.config.schema import Config
 from trainer.errors import UsageError
+from trainer.run_directory import RunDirectory
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Declare `launch local` and `launch ray`."""
-    places = parser.add_subparsers(dest="place", required=True, metavar="PLACE")
-    local = places.add_parser("local", help="every rank on this machine, as `steadfast train --nproc`")
-    ray = places.add_parser("ray", help="one host process a node in a Ray cluster, which starts that node's ranks")
-    for place in (local, ray):
+    """Declare the places to launch in, and what can be done with a run that was launched."""
+    commands = parser.add_subparsers(dest="place", required=True, metavar="PLACE|VERB")
+    local = commands.add_parser("local", help="every rank on this machine, as `steadfast train --nproc`")
+    slurm = commands.add_parser("slurm", help="submit slurm/sft.sh: one task of srun a rank, requeued when preempted")
+    ray = commands.add_parser("ray", help="one host process a node in a Ray cluster, which starts that node's ranks")
+    for place in (local, slurm, ray):
         add_config_arguments(place)
         place.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes to run on (default 1)")
         place.add_argument("--gpus-per-node", type=int, default=0, metavar="G", help="GPUs of a node (default 0: CPU)")
         place.add_argument("--ranks-per-node", type=int, metavar="K", help="ranks on a node (default: one a GPU, or 1)")
         place.add_argument("--dry-run", action="store_true", help="print the plan and start nothing")
         place.add_argument("--json", action="store_true", help="with --dry-run: print the plan as JSON")
+    add_restart_argument(local)
+    slurm.add_argument(
+        "--sbatch", action="append", default=[], metavar="OPTIONS", help='options for sbatch, e.g. --sbatch="--time=60"'
+    )
     ray.add_argument("--address", metavar="ADDRESS", help="Ray cluster, e.g. auto or HOST:6379 (default: a local one)")
+
+    status = commands.add_parser("status", help="where a launched run is, and how its attempts ended")
+    logs = commands.add_parser("logs", help="what a launched run has written")
+    stop = commands.add_parser("stop", help="end a launched run")
+    for verb in (status, logs, stop):
+        verb.add_argument("run", type=Path, metavar="RUN_DIR", help="run directory (run.dir of the configuration)")
+    status.add_argument("--json", action="store_true", help="print it as JSON")
+    logs.add_argument("--lines", type=int, default=50, metavar="N", help="lines from the end")
+    logs.add_argument("--follow", action="store_true", help="go on as more is written")
+    stop.add_argument("--graceful", action="store_true", help="save an agreed checkpoint first")
+    # What slurm/sft.sh and its srun call; nobody types these.
+    for inner in ("slurm-job", "slurm-task"):
+        add_config_arguments(commands.add_parser(inner))
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Check everything that can be checked without a process, then launch; returns the exit code of the run."""
+    """Do what was asked; returns the exit code, that of the run where this process waits for it."""
+    if arguments.place in ("status", "logs", "stop"):
+        return _look_after(arguments)
+    if arguments.place == "slurm-job":
+        from launch.slurm.job import run_job
+
+        return run_job(arguments.config, arguments.overrides, show_traceback=arguments.traceback)
+    if arguments.place == "slurm-task":
+        from launch.slurm.task import run_task
+
+        return run_task(rank_command(arguments.config, arguments.overrides, show_traceback=arguments.traceback))
+    return _launch(arguments)
+
+
+def _look_after(arguments: argparse.Namespace) -> int:
+    run = RunDirectory(arguments.run)
+    reference = places.reference_of(run)
+    place = places.place_of(reference)
+    if arguments.place == "logs":
+        return int(place.logs(reference, lines=arguments.lines, follow=arguments.follow))
+    if arguments.place == "stop":
+        print(place.stop(reference, graceful=arguments.graceful))
+        return 0
+    status = places.status_of(run)
+    print(json.dumps(status, indent=2) if arguments.json else "\n".join(places.status_lines(status)))
+    return 0
+
+
+def _launch(arguments: argparse.Namespace) -> int:
+    """Check everything that can be checked without a process, then launch."""
     if (world := resolve(os.environ)) is not None:
         raise UsageError(
             f"launch inside a launched rank (RANK={world.rank} is set)", "use train, or unset RANK and its companions"
@@ -53,17 +108,26 @@ def run(arguments: argparse.Namespace) -> int:
         if value < least:
             raise UsageError(f"{name} {value}", f"give at least {least}")
     if arguments.place == "local" and nodes != 1:
-        raise UsageError(f"launch local --nodes {nodes}", "this machine is one node; use launch ray for several")
+        raise UsageError(
+            f"launch local --nodes {nodes}", "this machine is one node; use launch slurm or ray for several"
+        )
     if arguments.place == "local":
         require_gpus("--ranks-per-node", ranks, os.environ)
     device = "cuda" if gpus else guess_device(os.environ) if arguments.place == "local" else "cpu"
     config = checked_config(arguments.config, arguments.overrides, nodes * ranks, device)
     command = rank_command(arguments.config, arguments.overrides, show_traceback=arguments.traceback)
+    if arguments.place == "slurm":
+        return _submit(arguments, config, nodes, ranks)
     if arguments.dry_run:
         _show(_plan(arguments, config, command, nodes, ranks), as_json=arguments.json)
         return 0
     if arguments.place == "local":
-        return launch_local(command, processes=ranks, environ=os.environ, run_dir=Path(config.run.dir))
+        write_reference(RunDirectory(Path(config.run.dir)), local_place.reference())
+        return run_with_restarts(
+            lambda: launch_local(command, processes=ranks, environ=os.environ, run_dir=Path(config.run.dir)),
+            config,
+            arguments.max_restarts,
+        )
     from launch.ray import launch_ray
 
     return launch_ray(
@@ -74,6 +138,30 @@ def run(arguments: argparse.Namespace) -> int:
         address=arguments.address,
         run_dir=Path(config.run.dir),
     )
+
+
+def _submit(arguments: argparse.Namespace, config: Config, nodes: int, ranks: int) -> int:
+    from launch.slurm.submit import output_of, plan_slurm, submit
+
+    plan = plan_slurm(
+        arguments.config,
+        arguments.overrides,
+        run_dir=Path(config.run.dir),
+        nodes=nodes,
+        ranks_per_node=ranks,
+        gpus_per_node=arguments.gpus_per_node,
+        sbatch_options=[word for options in arguments.sbatch for word in shlex.split(options)],
+    )
+    if arguments.dry_run:
+        if arguments.json:
+            print(json.dumps({"place": "slurm", "command": plan.command, "environment": plan.environment}, indent=2))
+        else:
+            print("\n".join(plan.lines()))
+        return 0
+    job = submit(plan)
+    write_reference(RunDirectory(Path(config.run.dir)), {"place": "slurm", "job": job, "output": output_of(job)})
+    print(f"submitted job {job}; see steadfast launch status {config.run.dir}")
+    return 0
 
 
 def _plan(arguments: argparse.Namespace, config: Config, command: list[str], nodes: int, ranks: int) -> dict[str, Any]:

@@ -7,31 +7,40 @@ that guesses its place waits for peers that never come.
 
 from __future__ import annotations
 
-import socket
-import time
+import re
 from collections.abc import Mapping
 
-from trainer.errors import PeerLostError, UsageError
+from trainer.errors import UsageError
 from trainer.world import World
 
 NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 LAUNCHER_PID = "STEADFAST_LAUNCHER_PID"
+_STEP_VARIABLES = (
+    "SLURM_STEP_ID", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NODEID",
+    "SLURM_STEP_TASKS_PER_NODE",
+)  # fmt: skip
 
 
 def resolve(environ: Mapping[str, str]) -> World | None:
     """Our place among the ranks, or None when no launcher started us.
 
-    Raises UsageError for variables that are half set, are not numbers or contradict each other.
+    Raises UsageError for variables that are half set, are not numbers or contradict each other, and for one of several
+    tasks of srun that has none of them: each would train a run of its own in the same place.
     """
     given = [name for name in VARIABLES if environ.get(name, "") != ""]
     if not given:
+        if tasks := _tasks_of_a_slurm_step(environ):
+            raise UsageError(
+                f"srun started {tasks} tasks, but none of {', '.join(VARIABLES)} is set",
+                "start the job with sbatch slurm/sft.sh CONFIG, which sets them for every task (or use srun -n 1)",
+            )
         return None
     if missing := [name for name in VARIABLES if name not in given]:
-        raise UsageError(
-            f"{', '.join(given)} set in the environment but not {', '.join(missing)}",
-            "a launcher sets all six; to start without one: unset " + " ".join(given),
-        )
+        remedy = "a launcher sets all six; to start without one: unset " + " ".join(given)
+        if _tasks_of_a_slurm_step(environ):
+            remedy = "srun sets none of them: start the job with sbatch slurm/sft.sh CONFIG, which sets all six"
+        raise UsageError(f"{', '.join(given)} set in the environment but not {', '.join(missing)}", remedy)
     number = {name: _whole_number(name, environ[name]) for name in NUMBERS}
     world = World(
         rank=number["RANK"],
@@ -70,27 +79,38 @@ def rank_environment(world: World) -> dict[str, str]:
     }
 
 
-def require_resolvable(address: str, *, tries: int = 3, pause_seconds: float = 2.0) -> None:
-    """Raise PeerLostError when no address is known for the host of rank 0.
-
-    torch would try again in silence until the whole timeout of collectives has passed.
-    """
-    for left in reversed(range(tries)):
-        try:
-            socket.getaddrinfo(address, None)
-            return
-        except (OSError, UnicodeError) as error:
-            if not left:
-                raise PeerLostError(
-                    f"cannot resolve the host of rank 0, MASTER_ADDR={address}: {error}",
-                    "use a name or an address that every node knows",
-                ) from error
-        time.sleep(pause_seconds)
-
-
 def _whole_number(name: str, text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 10):
         raise UsageError(
             f"{name}={text!r} in the environment is not a whole number", "the launcher that set it is wrong"
         )
     return int(text)
+
+
+def world_of_step(environ: Mapping[str, str]) -> World | None:
+    """The place of a task of srun, when the job gives MASTER_ADDR and MASTER_PORT to all of its tasks; else None."""
+    if not all(environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT", *_STEP_VARIABLES)):
+        return None
+    counts: list[int] = []
+    # Slurm's short form: 2(x3),1 is 2, 2, 2, 1.
+    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", environ["SLURM_STEP_TASKS_PER_NODE"]):
+        counts += [int(count)] * int(times or 1)
+    step = {
+        "RANK": environ["SLURM_PROCID"],
+        "WORLD_SIZE": environ["SLURM_STEP_NUM_TASKS"],
+        "LOCAL_RANK": environ["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": str(counts[int(environ["SLURM_NODEID"])]),
+    }
+    return resolve({name: environ[name] for name in ("MASTER_ADDR", "MASTER_PORT")} | step)
+
+
+def _tasks_of_a_slurm_step(environ: Mapping[str, str]) -> int:
+    """Tasks that srun started beside us and us, when there are several; else 0.
+
+    A shell of salloc, a batch script and a notebook in a job have variables of Slurm too, but are no task of a step,
+    or the only one.
+    """
+    tasks = environ.get("SLURM_STEP_NUM_TASKS", "")
+    if "SLURM_STEP_ID" not in environ or "SLURM_PROCID" not in environ or not tasks.isdigit():
+        return 0
+    return int(tasks) if int(tasks) > 1 else 0

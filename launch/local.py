@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from launch.processes import HostRanks, RankProcess, free_port, plan_ranks, usable_cores
-from launch.supervise import GRACE_SECONDS, SETTLE_SECONDS, supervise
+from launch.supervise import GRACE_SECONDS, SETTLE_SECONDS, Ending, supervise
 
 ADDRESS = "127.0.0.1"
 
@@ -40,8 +40,8 @@ def launch_local(
     run_dir: Path,
     grace_seconds: float = GRACE_SECONDS,
     settle_seconds: float = SETTLE_SECONDS,
-) -> int:
-    """Run `command` as `processes` ranks and return the exit code of the run (see `supervise`)."""
+) -> Ending:
+    """Run `command` as `processes` ranks to their end (see `supervise`)."""
     plan = plan_local(command, processes=processes, environ=environ, port=free_port(ADDRESS))
     # On a terminal rank 0 writes straight to it, so that its progress bar works.
     ranks = HostRanks(plan, inherit_stdout_of=0 if sys.stdout.isatty() else None)

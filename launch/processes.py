@@ -11,10 +11,12 @@ import queue
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Literal
 
 from launch.contract import LAUNCHER_PID, rank_environment
@@ -53,7 +55,7 @@ class Ended:
     """A rank ended: `status` is its exit code, or minus the number of the signal that killed it.
 
     `when` is seconds since the epoch on the rank's host: what orders deaths on different hosts. `note` says more when
-    the process itself could not be seen to end (its host is lost).
+    the process itself could not be seen to end (its host is lost). `host` is its host, empty for this one.
     """
 
     rank: int
@@ -61,6 +63,7 @@ class Ended:
     status: int
     when: float
     note: str = ""
+    host: str = ""
 
 
 Event = Output | Ended
@@ -120,9 +123,11 @@ class HostRanks:
         self._events: queue.Queue[Event] = queue.Queue(_QUEUED_EVENTS)
         self._alive: dict[int, subprocess.Popen[bytes]] = {}
         self._lock = threading.Lock()
+        self._janitor: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         """Start every rank, with SIGUSR2 blocked until the rank asks for it (`launch.signals`)."""
+        self._janitor = _start_janitor()
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
         try:
             for rank_process in self._plan:
@@ -159,6 +164,17 @@ class HostRanks:
         end = time.monotonic() + _KILL_PATIENCE_SECONDS
         while self._alive and time.monotonic() < end:
             self.next_events(0.05)
+        if self._janitor is not None and self._janitor.stdin is not None:
+            with contextlib.suppress(BrokenPipeError, subprocess.TimeoutExpired):
+                self._janitor.stdin.close()
+                self._janitor.wait(1.0)
+
+    def _tell_janitor(self, change: str, group: int) -> None:
+        """Call it with the lock held: lines of two threads must not mix."""
+        if self._janitor is not None and self._janitor.stdin is not None:
+            # It may have been killed; the ranks matter more.
+            with contextlib.suppress(BrokenPipeError, ValueError):
+                self._janitor.stdin.write(f"{change}{group}\n".encode())
 
     def _start(self, rank_process: RankProcess) -> None:
         inherits = rank_process.rank == self._inherit_stdout_of
@@ -183,6 +199,7 @@ class HostRanks:
             ) from error
         with self._lock:
             self._alive[rank_process.rank] = process
+            self._tell_janitor("+", process.pid)
         readers = []
         for name, pipe in (("stdout", process.stdout), ("stderr", process.stderr)):
             if pipe is not None:
@@ -208,6 +225,20 @@ class HostRanks:
         for reader in readers:
             reader.join(_OUTPUT_PATIENCE_SECONDS)
         with self._lock:
+            # Before the process id is free for anybody else.
+            self._tell_janitor("-", process.pid)
             status = process.wait()
             del self._alive[rank]
         self._events.put(Ended(rank, process.pid, status, when))
+
+
+def _start_janitor() -> subprocess.Popen[bytes]:
+    """A process that outlives us for a moment and kills the groups of our ranks (`launch.janitor`)."""
+    return subprocess.Popen(
+        [sys.executable, "-I", "-S", str(Path(__file__).with_name("janitor.py"))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        bufsize=0,
+    )

@@ -232,4 +232,4 @@ def launch_ray(
     UsageError when it has too few free nodes.
     """
     ranks = RayRanks(command, nodes=nodes, ranks_per_node=ranks_per_node, gpus_per_node=gpus_per_node, address=address)
-    return supervise(ranks, world_size=nodes * ranks_per_node, run_dir=run_dir)
+    return supervise(ranks, world_size=nodes * ranks_per_node, run_dir=run_dir).code

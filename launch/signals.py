@@ -10,9 +10,14 @@ Ranks are started with SIGUSR2 blocked: a request that arrives while torch is st
 
 from __future__ import annotations
 
+import os
 import signal
 import time
+from collections.abc import Mapping
 from types import FrameType
+
+from launch.contract import LAUNCHER_PID
+from trainer.orphans import die_with_parent
 
 
 class StopRequests:
@@ -38,3 +43,16 @@ class StopRequests:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.request(f"{signal.Signals(number).name} at {time.strftime('%H:%M:%S')}")
+
+
+def die_with_launcher(environ: Mapping[str, str]) -> str | None:
+    """Have this rank end with whoever launched it; returns why that is not possible, or None.
+
+    torchrun and srun start their ranks themselves, so there the launcher is our parent. Somebody who sets the six
+    variables by hand may well want the rank to outlive his shell. Raises PeerLostError when the launcher is gone.
+    """
+    if launcher := environ.get(LAUNCHER_PID):
+        return die_with_parent(int(launcher))
+    if "TORCHELASTIC_RUN_ID" in environ or "SLURM_STEP_ID" in environ:
+        return die_with_parent(os.getppid())
+    return None

@@ -12,17 +12,19 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
 from launch.processes import Ended, Event, Output
 from trainer import errors
-from trainer.errors import PeerLostError, SteadfastError, StoppedOnRequest
+from trainer.errors import Interrupted, PeerLostError, SteadfastError, StoppedOnRequest
 from trainer.run_directory import RunDirectory
 
 GRACE_SECONDS = 10.0
 SETTLE_SECONDS = 2.0
+TIME_LIMIT = "time limit"
 
 # What the exit codes of a rank say.
 MEANINGS: dict[int, str] = {
@@ -37,6 +39,18 @@ _SIGNAL_HINTS = {
     signal.SIGABRT: "a native library gave up",
     signal.SIGBUS: "often a full /dev/shm",
 }
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How an attempt ended."""
+
+    code: int
+    """Exit code of the run."""
+    asked: str = ""
+    """Name of the signal that first asked for a stop, if any did; TIME_LIMIT when the deadline came first."""
+    blamed: str = ""
+    """The sentence that was said about the rank that failed first."""
 
 
 class Ranks(Protocol):
@@ -62,15 +76,18 @@ def supervise(
     run_dir: Path,
     grace_seconds: float = GRACE_SECONDS,
     settle_seconds: float = SETTLE_SECONDS,
-) -> int:
-    """Start `ranks`, watch them to their end and return the exit code of the run.
+    deadline: float = float("inf"),
+) -> Ending:
+    """Start `ranks`, watch them to their end and say how the run ended.
 
-    0: all ranks ended well. 75: they did after a request to stop, and rank 0 left its marker. 130: interrupted twice.
-    Else the code of the rank that failed first (69 when a signal killed it, 70 when the code is none of ours).
+    Its exit code is 0 when all ranks ended well, 75 when they did after a request to stop and rank 0 left its marker,
+    130 after a second interrupt; else the code of the rank that failed first (69 when a signal killed it, 70 when the
+    code is none of ours).
+    At `deadline` (seconds since the epoch) what still runs is killed, with code 69: its checkpoint came too late.
     Call it from the main thread: SIGINT, SIGTERM and SIGUSR2 are handled here.
     """
     run = RunDirectory(run_dir)
-    run.clear_error_reports()
+    run.forget_last_start()
     started = time.time()
     screen = Screen(world_size)
     running = set(range(world_size))
@@ -90,7 +107,11 @@ def supervise(
                         failures.append(event)
                 now = time.monotonic()
                 if requests.kill:
-                    return _interrupted(screen)
+                    return _interrupted(screen, requests.asked)
+                if time.time() >= deadline:
+                    late = "the time limit is near: all ranks were killed before they had ended by themselves"
+                    screen.say(f"error: {late}")
+                    return Ending(PeerLostError.exit_code, TIME_LIMIT, late)
                 if (asked := requests.take()) is not None:
                     screen.say(
                         f"{asked}: asking all ranks for a checkpoint, then stopping (Ctrl-C again stops at once)"
@@ -110,13 +131,15 @@ def supervise(
     if culprit is not None:
         report = run.error_report(culprit.rank)
         fresh = report if _changed_since(report, started) else None
-        if (sentence := describe(culprit, world_size, screen.last_words(culprit.rank), fresh)) is not None:
+        last_words = screen.last_words(culprit.rank)
+        sentence = describe(culprit, world_size, last_words, fresh)
+        if sentence is not None:
             screen.say(f"error: {sentence}")
-        return exit_code(culprit)
+        return Ending(exit_code(culprit), requests.asked, sentence or last_words)
     if run.stopped.exists():
         screen.say(f"stopped on request with a committed checkpoint; {_RESUME}")
-        return StoppedOnRequest.exit_code
-    return 0
+        return Ending(StoppedOnRequest.exit_code, requests.asked)
+    return Ending(0, requests.asked)
 
 
 def blame(failures: Sequence[Ended]) -> Ended:
@@ -137,6 +160,8 @@ def describe(ended: Ended, world_size: int, last_words: str, report: Path | None
     None when a single rank has said it all itself.
     """
     who = f"rank {ended.rank} of {world_size}" if world_size > 1 else "the training process"
+    if ended.host and not ended.note:
+        who += f" on {ended.host}"
     remedies = []
     if ended.note:
         how = ended.note
@@ -170,11 +195,16 @@ class Screen:
         self._error: dict[int, str] = {}
         self._said_by: dict[str, int] = {}
         self._inside_error: set[int] = set()
+        self._dumping: set[int] = set()
 
     def show(self, output: Output) -> None:
         """Write a rank's line to the stream it came from, with the rank in front when there are several."""
         if output.stream == "stderr" and output.line.strip():
-            self._last[output.rank] = output.line.strip()
+            # The dump of a fatal signal ends with the outermost frame; what the rank said before it says more.
+            if output.line.startswith("Fatal Python error: ") and output.rank in self._last:
+                self._dumping.add(output.rank)
+            if output.rank not in self._dumping:
+                self._last[output.rank] = output.line.strip()
             if output.line.startswith("error: "):
                 self._error[output.rank] = output.line.strip()
             if self._said_before(output):
@@ -201,7 +231,7 @@ class Screen:
             sys.stderr.flush()
 
     def last_words(self, rank: int) -> str:
-        """The rank's error line, else the last thing it wrote to stderr."""
+        """The rank's error line, else the last thing it wrote to stderr before it died."""
         return self._error.get(rank) or self._last.get(rank, "")
 
 
@@ -210,8 +240,8 @@ class _Requests:
 
     def __init__(self) -> None:
         self.kill = False
+        self.asked = ""
         self._new: str | None = None
-        self._asked = False
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> _Requests:
@@ -230,16 +260,15 @@ class _Requests:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         # Schedulers repeat SIGTERM; only a second Ctrl-C of a human means "at once".
-        if self._asked and number == signal.SIGINT:
+        if self.asked and number == signal.SIGINT:
             self.kill = True
-        elif not self._asked:
-            self._asked = True
-            self._new = signal.Signals(number).name
+        elif not self.asked:
+            self.asked = self._new = signal.Signals(number).name
 
 
-def _interrupted(screen: Screen) -> int:
+def _interrupted(screen: Screen, asked: str) -> Ending:
     screen.say("error: interrupted: all ranks were killed; committed checkpoints are untouched")
-    return 130
+    return Ending(Interrupted.exit_code, asked, "interrupted")
 
 
 def _changed_since(path: Path, moment: float) -> bool:

@@ -19,10 +19,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from launch.contract import LAUNCHER_PID, require_resolvable, resolve
+from launch import local_place
+from launch.attempts import run_with_restarts, write_reference
+from launch.contract import LAUNCHER_PID, resolve
 from launch.faults import name_of_fault
 from launch.local import launch_local
-from launch.signals import StopRequests
+from launch.rendezvous import MEETING_SECONDS, meet
+from launch.signals import StopRequests, die_with_launcher
 from trainer.cli import report
 from trainer.config.arguments import add_config_arguments
 from trainer.config.deepspeed import check_deepspeed
@@ -31,7 +34,6 @@ from trainer.config.load import load_config
 from trainer.config.schema import Config
 from trainer.durable import write_file
 from trainer.errors import ConfigError, RunLockedError, SteadfastError, UsageError
-from trainer.orphans import die_with_parent
 from trainer.run_directory import RunDirectory
 from trainer.world import World
 
@@ -45,6 +47,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--strict", action="store_true", help="a damaged newest checkpoint is an error (checkpoint.strict=true)"
     )
+    add_restart_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -56,11 +59,12 @@ def run(arguments: argparse.Namespace) -> int:
         processes = 1 if arguments.nproc is None else arguments.nproc
         require_gpus("--nproc", processes, os.environ)
         config = checked_config(arguments.config, arguments.overrides, processes, guess_device(os.environ))
-        return launch_local(
-            rank_command(arguments.config, arguments.overrides, show_traceback=arguments.traceback),
-            processes=processes,
-            environ=os.environ,
-            run_dir=Path(config.run.dir),
+        command = rank_command(arguments.config, arguments.overrides, show_traceback=arguments.traceback)
+        write_reference(RunDirectory(Path(config.run.dir)), local_place.reference())
+        return run_with_restarts(
+            lambda: launch_local(command, processes=processes, environ=os.environ, run_dir=Path(config.run.dir)),
+            config,
+            arguments.max_restarts,
         )
     if arguments.nproc is not None and arguments.nproc > 1:
         raise UsageError(
@@ -72,6 +76,23 @@ def run(arguments: argparse.Namespace) -> int:
         # Our launchers have said it already.
         _warn(config, guess_device(os.environ))
     return _be_a_rank(config, world, show_traceback=arguments.traceback)
+
+
+def add_restart_argument(parser: argparse.ArgumentParser) -> None:
+    """Give `parser` the option `max_restarts`."""
+    parser.add_argument(
+        "--max-restarts",
+        type=_restarts,
+        default=0,
+        metavar="N",
+        help="start again after a crash, at most N times in all and twice from the same checkpoint (default 0)",
+    )
+
+
+def _restarts(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of restarts, e.g. 3")
+    return int(text)
 
 
 def checked_config(path: Path, overrides: Sequence[str], ranks: int, device: Device) -> Config:
@@ -115,15 +136,15 @@ def _be_a_rank(config: Config, world: World, *, show_traceback: bool) -> int:
     """
     if os.environ.get(LAUNCHER_PID):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        if (reason := die_with_parent(int(os.environ[LAUNCHER_PID]))) is not None and world.is_first:
-            sys.stderr.write(f"warning: {reason}\n")
+    if (reason := die_with_launcher(os.environ)) is not None and world.is_first:
+        sys.stderr.write(f"warning: {reason}\n")
     stop_requests = StopRequests()
     stop_requests.install()
     try:
-        require_resolvable(world.master_address)
+        listener = meet(world, os.environ, min(MEETING_SECONDS, config.engine.timeout_seconds))
         from trainer.assemble import train
 
-        train(config, world, stop_requests)
+        train(config, world, stop_requests, listener)
     except BaseException as error:
         _leave(_say_what_failed(error, config, world, show_traceback=show_traceback))
     _leave(0)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from socket import gethostname
+from socket import gethostname, socket
 from typing import Any
 
 from trainer.config.deepspeed import accumulation_steps, compile_deepspeed
@@ -41,9 +41,10 @@ from trainer.state import TrainState
 from trainer.world import World
 
 
-def train(config: Config, world: World, stop: StopFlag) -> None:
+def train(config: Config, world: World, stop: StopFlag, listener: socket | None = None) -> None:
     """Run one rank of a training run to its end, or to a requested stop. All ranks call this with the same config.
 
+    `listener` is the port where rank 0 meets the others, when it is open already (`collectives.join`).
     Returns normally when the run is complete or stopped on request after a commit (rank 0 then leaves the marker
     stopped.json). Raises a SteadfastError otherwise; after an exception no further collective may run.
     """
@@ -52,7 +53,7 @@ def train(config: Config, world: World, stop: StopFlag) -> None:
 
     run = RunDirectory(Path(config.run.dir))
     lock = run.lock() if world.is_first else None
-    collectives.join(world, devices.communication_backend(kind), config.engine.timeout_seconds)
+    collectives.join(world, devices.communication_backend(kind), config.engine.timeout_seconds, listener)
     train_joined(config, world, stop, run, kind)
     # All ranks end together, after rank 0 has closed the record. The process group is left standing: the process ends.
     collectives.barrier()

@@ -6,6 +6,8 @@ Every rank calls each of these at the same place of the program. After an except
 from __future__ import annotations
 
 import json
+import os
+import socket
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -13,18 +15,25 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from trainer.world import World
+from trainer.world import World, opens_store
 
 
-def join(world: World, backend: str, timeout_seconds: int) -> None:
-    """Form the process group of `world`; waits at most `timeout_seconds` for the other ranks."""
-    dist.init_process_group(
-        backend,
-        init_method=f"tcp://{_bracketed(world.master_address)}:{world.master_port}",
-        rank=world.rank,
-        world_size=world.world_size,
-        timeout=timedelta(seconds=timeout_seconds),
+def join(world: World, backend: str, timeout_seconds: int, listener: socket.socket | None = None) -> None:
+    """Form the process group of `world`; waits at most `timeout_seconds` for the other ranks.
+
+    `listener` is the socket on which rank 0 serves the store (it now belongs to the store); without one rank 0 opens
+    MASTER_PORT itself.
+    """
+    timeout = timedelta(seconds=timeout_seconds)
+    store = dist.TCPStore(  # type: ignore[attr-defined]  # documented, but not in __all__
+        world.master_address,
+        world.master_port,
+        world.world_size,
+        is_master=opens_store(world, os.environ),
+        timeout=timeout,
+        master_listen_fd=None if listener is None else listener.detach(),
     )
+    dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.world_size, timeout=timeout)
 
 
 def bound_all_groups(timeout_seconds: int) -> None:
@@ -59,7 +68,3 @@ def exchange(message: dict[str, Any]) -> list[dict[str, Any]]:
 def barrier() -> None:
     """Wait for all ranks."""
     add_up([0.0])
-
-
-def _bracketed(address: str) -> str:
-    return f"[{address}]" if ":" in address else address

@@ -68,6 +68,11 @@ class RunDirectory:
         return self.path / "outcome.json"
 
     @property
+    def launched(self) -> Path:
+        """Where the newest attempt was launched: what `launch status`, `logs` and `stop` need to find it."""
+        return self.path / "launched.json"
+
+    @property
     def stopped(self) -> Path:
         """Marker: stopped on request after a committed checkpoint."""
         return self.path / "stopped.json"
@@ -88,10 +93,14 @@ class RunDirectory:
             return False
         return False
 
-    def clear_error_reports(self) -> None:
-        """Remove the reports of an earlier start, unless the directory is in use. A launcher calls this."""
+    def forget_last_start(self) -> None:
+        """Remove error reports and marker of an earlier start, unless the directory is in use. A launcher calls this.
+
+        An attempt that fails before rank 0 has removed the marker must not look as if it had stopped on request.
+        """
         if not self.in_use():
             with write_errors(self.path):
+                self.stopped.unlink(missing_ok=True)
                 for report in self.error_report(0).parent.glob("rank-*.txt"):
                     report.unlink(missing_ok=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -20,3 +21,13 @@ class World:
     def is_first(self) -> bool:
         """True on rank 0, the only rank that writes files which belong to the whole run."""
         return self.rank == 0
+
+
+def agent_opens_store(environ: Mapping[str, str]) -> bool:
+    """Whether torchrun's agent serves torch's store at MASTER_PORT, so that every rank is a client."""
+    return environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def opens_store(world: World, environ: Mapping[str, str]) -> bool:
+    """Whether this rank serves torch's store to the others."""
+    return world.is_first and not agent_opens_store(environ)

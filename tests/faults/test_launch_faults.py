@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from launch.contract import VARIABLES, rank_environment
+from trainer.world import World
+
 ROOT = Path(__file__).resolve().parents[2]
 FAKE = ROOT / "tests" / "support" / "ranks_launch.py"
 
@@ -21,7 +24,8 @@ import os, sys
 from pathlib import Path
 from launch.local import launch_local
 command, ranks, run_dir, grace = [sys.executable, sys.argv[1], sys.argv[2]], int(sys.argv[3]), sys.argv[4], sys.argv[5]
-sys.exit(launch_local(command, processes=ranks, environ=os.environ, run_dir=Path(run_dir), grace_seconds=float(grace)))
+sys.exit(launch_local(command, processes=ranks, environ=os.environ, run_dir=Path(run_dir),
+                      grace_seconds=float(grace)).code)
 """
 RAY = """
 import sys
@@ -58,17 +62,22 @@ class Launcher:
 
     def ranks(self) -> list[int]:
         """Process ids of living processes that were started for this launcher, children of ranks included."""
-        found = []
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit():
-                try:
-                    environ = (entry / "environ").read_bytes()
-                    state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
-                except OSError:
-                    continue
-                if f"STEADFAST_LAUNCHER_PID={self.process.pid}".encode() in environ.split(b"\0") and state != "Z":
-                    found.append(int(entry.name))
-        return found
+        return living(f"STEADFAST_LAUNCHER_PID={self.process.pid}")
+
+
+def living(variable: str) -> list[int]:
+    """Process ids of the living processes that have this `NAME=text` in their environment."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                environ = (entry / "environ").read_bytes()
+                state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+            except OSError:
+                continue
+            if variable.encode() in environ.split(b"\0") and state != "Z":
+                found.append(int(entry.name))
+    return found
 
 
 def until(condition: Callable[[], bool], what: str, seconds: float = 20) -> None:
@@ -91,6 +100,8 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Launcher]]:
     for launcher in launchers:
         launcher.process.kill()
         launcher.process.wait()
+        for orphan in launcher.ranks():
+            os.kill(orphan, signal.SIGKILL)
 
 
 def test_ranks_that_end_well_make_a_run_that_ends_well(start: Callable[..., Launcher]) -> None:
@@ -166,6 +177,44 @@ def test_a_killed_launcher_leaves_no_rank_behind(start: Callable[..., Launcher])
     launcher.process.kill()
     launcher.process.wait()
     until(lambda: launcher.ranks() == [], "both ranks are gone", 5)
+
+
+def test_a_killed_launcher_leaves_no_child_of_a_rank_behind(start: Callable[..., Launcher]) -> None:
+    launcher = start({"0": [["child"], ["sleep", 60]], "1": [["child"], ["sleep", 1.0], ["exit", 0]]})
+    launcher.wait_for("[rank 0] child ", "[rank 1] child ")
+    assert len(launcher.ranks()) == 4
+    until(lambda: len(launcher.ranks()) == 2, "rank 1 has ended and its child with it", 10)
+    launcher.process.kill()
+    launcher.process.wait()
+    until(lambda: launcher.ranks() == [], "rank 0 and its child are gone", 5)
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "srun"])
+def test_ranks_of_other_launchers_end_with_them_too(tmp_path: Path, launcher: str) -> None:
+    plan = json.dumps({"*": [["ignore", "SIGTERM"], ["print", "rank $RANK is here"], ["sleep", 60]]})
+    environ = {key: text for key, text in os.environ.items() if key not in VARIABLES}
+    if launcher == "torchrun":
+        parent = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", FAKE, plan]
+    else:
+        # What the daemon of a Slurm step does: start the tasks and wait for them.
+        parent = ["sh", "-c", '"$@" & RANK=1 LOCAL_RANK=1 "$@" & wait', "step", sys.executable, FAKE, plan]
+        world = World(0, 2, 0, 2, "127.0.0.1", 29500)
+        environ |= rank_environment(world) | {"SLURM_STEP_ID": "0"}
+    environ["STEADFAST_TEST_MARK"] = mark = str(tmp_path)
+    output = tmp_path / "log"
+    with output.open("wb") as log:
+        process = subprocess.Popen(parent, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=environ)
+    try:
+        until(lambda: all(f"rank {rank} is here" in output.read_text() for rank in (0, 1)), "two ranks", 60)
+        assert len(living(f"STEADFAST_TEST_MARK={mark}")) == 3
+    finally:
+        process.kill()
+        process.wait()
+    try:
+        until(lambda: living(f"STEADFAST_TEST_MARK={mark}") == [], "no rank left", 5)
+    finally:
+        for orphan in living(f"STEADFAST_TEST_MARK={mark}"):
+            os.kill(orphan, signal.SIGKILL)
 
 
 def test_a_rank_whose_launcher_died_first_does_not_start(tmp_path: Path) -> None:

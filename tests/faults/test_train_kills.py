@@ -28,8 +28,9 @@ def write_config(path: Path, run: Path, store) -> Path:
 
 
 def ranks_of(launcher: subprocess.Popen) -> list[int]:
+    """In the order of ranks; the launcher has another child, which watches over what ranks leave behind."""
     children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-    return [int(child) for child in children]
+    return [int(child) for child in children if b"\0RANK=" in Path(f"/proc/{child}/environ").read_bytes()]
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +71,27 @@ def test_killed_inside_a_save(victim, tmp_path, store, uninterrupted):
     assert committed_steps(run / "checkpoints")[0] >= newest >= 4
     again = subprocess.run(command(config), capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
+    assert losses(run) == losses(uninterrupted)
+    assert digest(run) == digest(uninterrupted)
+
+
+def test_a_run_that_lost_a_rank_starts_again_by_itself(tmp_path, store, uninterrupted):
+    run = tmp_path / "run"
+    config = write_config(tmp_path / "c.yaml", run, store)
+    launcher = subprocess.Popen(
+        [*command(config), "--max-restarts", "1"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    while not committed_steps(run / "checkpoints"):
+        assert launcher.poll() is None, launcher.stderr.read()
+        time.sleep(0.01)
+    os.kill(ranks_of(launcher)[1], signal.SIGKILL)
+    message = launcher.stderr.read()
+    assert launcher.wait(timeout=60) == 0, message
+    assert "starting again: lost a rank; restart 1 of at most 2 from step" in message
+    events = [json.loads(line)["event"] for line in (run / "events.jsonl").read_text().splitlines()]
+    assert [event for event in events if event in ("launch", "end", "resume", "done")] == [
+        "launch", "end", "launch", "resume", "done", "end",
+    ]  # fmt: skip
     assert losses(run) == losses(uninterrupted)
     assert digest(run) == digest(uninterrupted)
 

@@ -16,9 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from launch.contract import LAUNCHER_PID, resolve
-from launch.signals import StopRequests
-from trainer.orphans import die_with_parent
+from launch.contract import resolve
+from launch.signals import StopRequests, die_with_launcher
 
 
 def main() -> int:
@@ -27,7 +26,7 @@ def main() -> int:
         sys.stderr.write("error: no launcher\n")
         return 2
     if not os.environ.get("FAKE_RANK_SLOW_START"):
-        die_with_parent(int(os.environ[LAUNCHER_PID]))
+        die_with_launcher(os.environ)
     actions = json.loads(sys.argv[1])
     for name, *values in actions.get(str(world.rank), actions.get("*", [])):
         if name == "print":

@@ -437,16 +437,8 @@ def test_a_twin_that_gives_other_ids_is_found_and_the_build_starts_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     right = tiny_store(tmp_path / "right")
-
-    class Wrong(Twin):
-        def __init__(self) -> None:
-            self.name = "a wrong twin"
-
-        def encode(self, text: str) -> list[int]:
-            return [0]
-
     for module in (run, pool):
-        monkeypatch.setattr(module, "verified_twin", lambda *_: Wrong())
+        monkeypatch.setattr(module, "verified_twin", lambda *_: Twin("a wrong twin", lambda text: [0]))
     wrong = tiny_store(tmp_path / "wrong")
     assert "a wrong twin gave other ids on" in capsys.readouterr().err
     assert wrong.fingerprint == right.fingerprint

@@ -1,8 +1,10 @@
-import importlib.util
 import json
+import random
+import sys
 import time
 import unicodedata
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +12,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.corpora import alpaca_rows, tiny_tokenizer
+from tests.support.corpora import alpaca_rows, conversation, tiny_tokenizer
 from trainer.data.encode import fast_tokenizer
 from trainer.data.encode.control_tokens import CHECKED_FIRST, CHECKED_SHARE, TextEncoder
 from trainer.data.encode.fast_tokenizer import NoTwin, Twin, TwinMismatch, verified_twin
 from trainer.data.encode.stress_texts import stress_texts
-from trainer.data.encode.templates import DEFAULT_CHAT_TEMPLATE
+from trainer.data.encode.templates import DEFAULT_CHAT_TEMPLATE, Encoder
 from trainer.data.encode.tokenizer_training import train_tokenizer
+from trainer.data.records import Conversation
 from trainer.errors import DataError
 
-needs_tiktoken = pytest.mark.skipif(
-    importlib.util.find_spec("tiktoken") is None, reason="tiktoken is not installed: there is no twin to test"
-)
+LIBRARIES = ("fastokens", "tiktoken")
 
 QWEN_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -84,6 +85,8 @@ def with_model(tokenizer: Any, **changes: Any) -> Any:
 
     definition = json.loads(tokenizer.backend_tokenizer.to_str())
     definition["model"] |= changes
+    for index, token in enumerate(definition["added_tokens"]):
+        token["id"] = len(definition["model"]["vocab"]) + index
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(definition)))
 
 
@@ -92,10 +95,36 @@ def qwen() -> Any:
     return trained(split_by(QWEN_WORDS))
 
 
-@pytest.fixture(scope="module")
-def qwen_twin(qwen: Any) -> Twin:
-    twin = verified_twin(qwen)
+def hide_all_but(library: str, patch: pytest.MonkeyPatch) -> None:
+    """As if of the libraries of byte-level BPE only this one were installed."""
+    pytest.importorskip(library)
+    for other in LIBRARIES:
+        if other != library:
+            patch.setitem(sys.modules, other, None)
+
+
+@pytest.fixture(params=LIBRARIES)
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    hide_all_but(request.param, monkeypatch)
+    return str(request.param)
+
+
+@pytest.fixture
+def tiktoken_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    hide_all_but("tiktoken", monkeypatch)
+
+
+@pytest.fixture(scope="module", params=LIBRARIES)
+def qwen_twin(qwen: Any, request: pytest.FixtureRequest) -> Twin:
+    with pytest.MonkeyPatch.context() as patch:
+        hide_all_but(request.param, patch)
+        return twin_of(qwen, request.param)
+
+
+def twin_of(tokenizer: Any, library: str) -> Twin:
+    twin = verified_twin(tokenizer)
     assert isinstance(twin, Twin), str(twin)
+    assert (twin.name, twin.passed_over) == (library, "")
     return twin
 
 
@@ -109,10 +138,9 @@ def ids(tokenizer: Any, text: str) -> list[int]:
     return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
 
-# --- tiktoken ---
+# --- byte-level BPE ---
 
 
-@needs_tiktoken
 @pytest.mark.parametrize(
     "pre_tokenizer",
     [
@@ -124,10 +152,9 @@ def ids(tokenizer: Any, text: str) -> list[int]:
     ],
     ids=["gpt2", "no words", "qwen", "llama", "digits"],
 )
-def test_usual_ways_to_cut_words_have_a_twin(pre_tokenizer: Any) -> None:
+def test_usual_ways_to_cut_words_have_a_twin(pre_tokenizer: Any, library: str) -> None:
     tokenizer = trained(pre_tokenizer)
-    twin = verified_twin(tokenizer)
-    assert isinstance(twin, Twin), str(twin)
+    twin = twin_of(tokenizer, library)
     for text in corpus():
         assert twin.encode(text) == ids(tokenizer, text)
 
@@ -141,15 +168,13 @@ runs = st.lists(
 ).map("".join)
 
 
-@needs_tiktoken
 @given(st.one_of(anything, runs))
 @settings(max_examples=300, deadline=None)
 def test_the_twin_gives_the_same_ids_on_anything(qwen: Any, qwen_twin: Twin, text: str) -> None:
     assert qwen_twin.encode(text) == ids(qwen, text)
 
 
-@needs_tiktoken
-def test_added_tokens_are_cut_out_alike() -> None:
+def test_added_tokens_are_cut_out_alike(library: str) -> None:
     from tokenizers import AddedToken, normalizers
 
     added = [
@@ -160,10 +185,9 @@ def test_added_tokens_are_cut_out_alike() -> None:
         AddedToken("éa", special=False, normalized=True, lstrip=True, rstrip=True),
         AddedToken("molecule", special=False),
     ]
-    for normalizer in (None, normalizers.NFC(), normalizers.NFKC()):
+    for normalizer in (None, normalizers.NFC(), *[normalizers.NFKC()] * (library == "tiktoken")):
         tokenizer = trained(split_by(QWEN_WORDS), added, normalizer)
-        twin = verified_twin(tokenizer)
-        assert isinstance(twin, Twin), str(twin)
+        twin = twin_of(tokenizer, library)
         for text in (
             "a <t> b",
             "a \u3000<t>x \n\n\n b",
@@ -174,7 +198,12 @@ def test_added_tokens_are_cut_out_alike() -> None:
         ):
             assert twin.encode(text) == ids(tokenizer, text), (normalizer, text)
     single = trained(split_by(QWEN_WORDS), [AddedToken("word", single_word=True)])
-    assert reason(single) == "an added token counts only as a single word"
+    if library == "tiktoken":
+        assert reason(single) == "an added token counts only as a single word"
+    else:
+        twin = twin_of(single, library)
+        for text in ("word", "words", "a word, aword", "wordword word"):
+            assert twin.encode(text) == ids(single, text)
 
 
 def test_characters_that_skip_normalisation_are_inert() -> None:
@@ -187,27 +216,25 @@ def test_characters_that_skip_normalisation_are_inert() -> None:
     assert not [c for c in inert if unicodedata.combining(c) or unicodedata.normalize("NFC", c) != c or c in second]
 
 
-@needs_tiktoken
 @pytest.mark.parametrize("ignore_merges", [False, True])
-def test_a_token_that_no_merge_makes(qwen: Any, ignore_merges: bool) -> None:
+def test_a_token_that_no_merge_makes(qwen: Any, ignore_merges: bool, library: str) -> None:
     vocabulary = json.loads(qwen.backend_tokenizer.to_str())["model"]["vocab"]
-    lost = with_model(qwen, vocab=vocabulary | {"zqj": 950}, ignore_merges=ignore_merges)
-    assert (950 in ids(lost, "zqj")) == ignore_merges
-    twin = verified_twin(lost)
-    assert isinstance(twin, Twin), str(twin)
+    lost = with_model(qwen, vocab=vocabulary | {"zqj": 900}, ignore_merges=ignore_merges)
+    assert (900 in ids(lost, "zqj")) == ignore_merges
+    twin = twin_of(lost, library)
     for text in ("zqj", " zqj", "zqjz", "zqj zqj\nzqj"):
         assert twin.encode(text) == ids(lost, text)
     # "zqjx" could be made of "zqj" and "x", which is no merge: only tiktoken would do it.
-    lost = with_model(qwen, vocab=vocabulary | {"zqj": 950, "zqjx": 951}, ignore_merges=ignore_merges)
-    twin = verified_twin(lost)
-    if ignore_merges:
-        assert str(twin) == "tokenizing with transformers: the token 'zqjx' follows from no merge"
+    lost = with_model(qwen, vocab=vocabulary | {"zqj": 900, "zqjx": 901}, ignore_merges=ignore_merges)
+    if ignore_merges and library == "tiktoken":
+        assert str(verified_twin(lost)) == "tokenizing with transformers: the token 'zqjx' follows from no merge"
     else:
-        assert isinstance(twin, Twin)
-        assert twin.encode("zqjx") == ids(lost, "zqjx")
+        twin = twin_of(lost, library)
+        for text in ("zqjx", "zqjxz", " zqj zqjx"):
+            assert twin.encode(text) == ids(lost, text)
 
 
-@needs_tiktoken
+@pytest.mark.usefixtures("tiktoken_only")
 def test_what_has_no_twin_says_why(qwen: Any) -> None:
     from tokenizers import pre_tokenizers
 
@@ -225,13 +252,13 @@ def test_what_has_no_twin_says_why(qwen: Any) -> None:
     assert "tiktoken gave other ids on" in reason(trained(split_by(r"\p{L}+")))
 
 
-def test_without_tiktoken_transformers_does_it(qwen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "tiktoken", None)
+def test_without_a_library_transformers_does_it(qwen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for library in LIBRARIES:
+        monkeypatch.setitem(sys.modules, library, None)
     assert str(verified_twin(qwen)) == "tokenizing with transformers: tiktoken is not installed"
     assert TextEncoder(qwen).encode("hi<|im_end|>", first=True) == ids(qwen, "hi<|im_end|>")
 
 
-@needs_tiktoken
 @pytest.mark.parametrize("unit", ["a", " ", " \t", "!", "汉", "7", "\x00"])
 def test_a_megabyte_of_one_thing_ends_soon(qwen: Any, qwen_twin: Twin, unit: str, capfd: Any) -> None:
     text = unit * (1_000_000 // len(unit.encode()))
@@ -241,32 +268,59 @@ def test_a_megabyte_of_one_thing_ends_soon(qwen: Any, qwen_twin: Twin, unit: str
     found = encoder.encode(text, first=True)
     assert time.process_time() - begin < 5
     assert len(found) > 1000
-    assert not capfd.readouterr().err, "tiktoken panicked"
+    assert not capfd.readouterr().err, "it panicked"
+
+
+def test_a_word_beyond_the_limits_of_fastokens_is_left_to_the_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    hide_all_but("fastokens", monkeypatch)
+    tokenizer = trained(split_by(r"(?:[^\n]|\n(?!\n))+|\n+"))
+    twin = twin_of(tokenizer, "fastokens")
+    paragraph = "a b\n" * 100_000
+    assert twin.encode(paragraph) is None
+    assert TextEncoder(tokenizer, twin).encode(paragraph, first=True) == ids(tokenizer, paragraph)
+
+
+def test_fastokens_is_passed_over_where_it_gives_other_ids(qwen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for library in LIBRARIES:
+        pytest.importorskip(library)
+    other = trained(digits_first()).backend_tokenizer.to_str()
+    original = fast_tokenizer._fastokens
+    monkeypatch.setattr(fast_tokenizer, "_fastokens", lambda _: original(json.loads(other)))
+    twin = verified_twin(qwen)
+    assert isinstance(twin, Twin), str(twin)
+    assert twin.name == "tiktoken"
+    assert twin.passed_over.startswith("fastokens gave other ids on ")
+
+
+def test_fastokens_is_passed_over_where_it_cannot_read_the_tokenizer(library: str) -> None:
+    from tokenizers import normalizers
+
+    twin = verified_twin(trained(split_by(QWEN_WORDS), normalizer=normalizers.NFKC()))
+    if library == "tiktoken":
+        assert isinstance(twin, Twin)
+        assert twin.passed_over == ""
+    else:
+        assert isinstance(twin, NoTwin)
+        assert "fastokens cannot read the tokenizer: " in str(twin)
+        assert str(twin).endswith("; tiktoken is not installed")
 
 
 # --- checks on the user's own texts ---
 
 
-class Lying:
+def liar(tokenizer: Any, word: str) -> Twin:
     """A twin that is wrong on texts with a word."""
-
-    name = "liar"
-
-    def __init__(self, tokenizer: Any, word: str) -> None:
-        self.tokenizer, self.word = tokenizer, word
-
-    def encode(self, text: str) -> list[int]:
-        return [0] if self.word in text else ids(self.tokenizer, text)
+    return Twin("liar", lambda text: [0] if word in text else ids(tokenizer, text))
 
 
 def test_a_twin_that_is_none_is_found_out_the_same_in_every_process() -> None:
     tokenizer = tiny_tokenizer()
-    encoder: Any = TextEncoder(tokenizer, Lying(tokenizer, "bad"))  # type: ignore[arg-type]
+    encoder = TextEncoder(tokenizer, liar(tokenizer, "bad"))
     with pytest.raises(TwinMismatch, match="liar gave other ids on 'bad'"):
         encoder.encode("bad", first=True)
 
     def found_after_the_first(texts: Sequence[str]) -> list[str]:
-        encoder = TextEncoder(tokenizer, Lying(tokenizer, "bad"))  # type: ignore[arg-type]
+        encoder = TextEncoder(tokenizer, liar(tokenizer, "bad"))
         for _ in range(CHECKED_FIRST):
             encoder.encode("good", first=True)
         found = []
@@ -286,7 +340,6 @@ def test_a_twin_that_is_none_is_found_out_the_same_in_every_process() -> None:
     assert sorted(found_after_the_first(texts[::-1])) == sorted(found)
 
 
-@needs_tiktoken
 def test_marked_text_and_pieces_are_encoded_alike(qwen: Any, qwen_twin: Twin) -> None:
     plain, fast = TextEncoder(qwen), TextEncoder(qwen, qwen_twin)
     for text in ("a<|im_end|>b", "<|im_start|>user\nhi <|im_end|>\n", "", " ", "é<|im_"):
@@ -294,6 +347,39 @@ def test_marked_text_and_pieces_are_encoded_alike(qwen: Any, qwen_twin: Twin) ->
         for first in (True, False):
             assert fast.encode(marked, first=first) == plain.encode(marked, first=first)
             assert fast.encode(text, first=first) == plain.encode(text, first=first)
+
+
+def odd_text(source: random.Random) -> str:
+    """Pieces of control tokens, Unicode and words; seldom what is refused."""
+    pieces = ["<|im_start|>", "<|im_end|>", "<|im_", "end|>", "<tool_call>", "</tool_call>", "\n", "  ", "hello", " w"]
+    refused = ["\U000f8ad0", "\ud83d"] if source.random() < 0.02 else []
+    stress = source.choice(stress_texts()) if source.random() < 0.3 else ""
+    return stress + "".join(source.choices(pieces + refused, k=source.randint(0, 8)))
+
+
+def test_odd_conversations_become_the_same_documents_with_a_twin(qwen: Any, qwen_twin: Twin) -> None:
+    """The same errors, too."""
+    source = random.Random(11)
+
+    def outcome(encoder: Encoder, talk: Conversation) -> Any:
+        try:
+            return [replace(document, ids=document.ids.tolist()) for document in encoder.encode(talk)]
+        except DataError as error:
+            return str(error)
+
+    plain, fast = Encoder(qwen), Encoder(qwen, twin=qwen_twin)
+    fast._text._unchecked = 0
+    refused = 0
+    for _ in range(200):
+        roles = [*("system",) * source.randint(0, 1), *("user", "assistant") * source.randint(1, 3)]
+        talk = conversation(*((role, odd_text(source)) for role in roles))
+        if source.random() < 0.3:
+            function = {"name": odd_text(source), "parameters": {odd_text(source): odd_text(source)}}
+            talk = replace(talk, tools=[{"type": "function", "function": function}])
+        expected = outcome(plain, talk)
+        assert outcome(fast, talk) == expected
+        refused += isinstance(expected, str)
+    assert 0 < refused < 100
 
 
 def test_half_a_surrogate_pair_is_refused() -> None:

@@ -1,5 +1,6 @@
 """Chat templates are rendered as transformers renders them, within bounds of time, size and memory."""
 
+import re
 import signal
 import threading
 import time
@@ -46,6 +47,112 @@ def test_the_text_is_that_of_transformers(template: str, prompt: bool) -> None:
         assert rendered.has_markers("here:1") == (template == DEFAULT_CHAT_TEMPLATE)
 
 
+# Every kind of scope that a generation block can be in, or have in it.
+SCOPES = """\
+{%- set outer = 'outer' -%}
+{%- macro shout(text) -%}{{ text | upper }}{%- endmacro -%}
+{%- for message in messages -%}
+{%- set before = message.role -%}
+{{ '<' + before + '>' }}
+{%- if message.role == 'assistant' -%}
+{% generation %}
+{%- set inner = before ~ loop.index ~ outer -%}
+{%- set outer = 'changed' -%}
+{%- for word in message.content.split(' ') -%}
+{%- if word == 'skip' %}{% continue %}{% endif -%}
+{{ shout(word) }}{{ loop.last }},
+{%- endfor -%}
+{{ inner }}{{ outer }}{{ unknown_name }}
+{%- endgeneration -%}
+{{ inner }}{{ outer }}
+{%- else -%}
+{{ message['content'] }}
+{%- endif -%}
+{%- endfor -%}
+"""
+
+
+def test_generation_blocks_have_the_scope_and_the_spans_of_transformers() -> None:
+    tokenizer = tiny_tokenizer(SCOPES)
+    messages = [
+        {"role": role, "content": text}
+        for role, text in (("user", "hi"), ("assistant", "a skip é"), ("user", "汉"), ("assistant", ""))
+    ]
+    text, spans = ChatTemplate(SCOPES, "the chat template", {}).render(messages, None, "here:1")
+    assert text == tokenizer.apply_chat_template(messages, tokenize=False)
+    assert [text[start:stop] for start, stop in spans] == [
+        "AFalse,ÉTrue,assistant2outerchanged",
+        "True,assistant4outerchanged",
+    ]
+    encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    supervised = [token for token, on in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True) if on]
+    assert tokenizer.decode(supervised) == "".join(text[start:stop] for start, stop in spans)
+
+
+def test_two_templates_with_markers_keep_their_spans_apart() -> None:
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    first = ChatTemplate(DEFAULT_CHAT_TEMPLATE, "the chat template", {})
+    other = ChatTemplate(DEFAULT_CHAT_TEMPLATE.replace("<|im_end|>", "!"), "the other", {})
+    assert first.has_markers("here:1")
+    assert other.has_markers("here:1")
+    for template, answer in ((first, "yes<|im_end|>"), (other, "yes!"), (first, "yes<|im_end|>")):
+        text, spans = template.render(messages, None, "here:1")
+        assert [text[start:stop] for start, stop in spans] == [answer]
+
+
+@pytest.mark.parametrize("left", ["{% if x %}{% continue %}{% endif %}", "{% break %}"])
+def test_a_generation_block_that_leaves_its_loop_is_refused(left: str) -> None:
+    source = "{% for x in messages %}{% generation %}lost" + left + "{% endgeneration %}{% endfor %}"
+    with pytest.raises(DataError, match="a loop is left inside a generation block"):
+        ChatTemplate(source, "the chat template", {}).render([], None, "here:1")
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "m.role",
+        "m['role']",
+        "m.items() | list",
+        "m.keys",
+        "m.get('role')",
+        "m.missing is defined",
+        "m.missing",
+        "m.missing.more",
+        "m.update",
+        "m.pop('role')",
+        "m.__class__",
+        "m.__class__.__mro__",
+        "m.copy",
+        "m.items",
+        "m.nested.values() | list",
+        "m.nested.clear()",
+        "m.role.upper()",
+        "m.role.format(1)",
+        "m.values",
+        "loop.index",
+    ],
+)
+def test_attributes_are_those_of_the_sandbox(expression: str) -> None:
+    """Names, keys and both; what is refused is refused alike."""
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    source = "{% for m in messages %}{{ " + expression + " }}{% endfor %}"
+    messages: Any = [{"role": "us{}r", "values": 3, "__class__": 4, "nested": {"a": 1, "clear": 2}}, {"role": "b"}]
+    try:
+        expected = _compile_jinja_template(source).render(messages=messages)
+    except Exception as error:
+        with pytest.raises(DataError, match=re.escape(str(error))):
+            ChatTemplate(source, "the chat template", {}).render(messages, None, "here:1")
+    else:
+        assert _without_addresses(ChatTemplate(source, "t", {}).render(messages, None, "here:1")[0]) == (
+            _without_addresses(expected)
+        )
+
+
+def _without_addresses(text: str) -> str:
+    return re.sub(r"0x[0-9a-f]+", "", text)
+
+
 LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 GROW = "{% set ns = namespace(x='x') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}"
 WRITE = "{% for i in range(99999) %}{{ 'x' * 99999 }}{% endfor %}"
@@ -71,6 +178,7 @@ def test_a_template_without_end_is_refused(monkeypatch: pytest.MonkeyPatch, temp
     monkeypatch.setattr(rendering, "MAX_CHARACTERS", 1 << 20)
     tokenizer = tiny_tokenizer(template)
     tokenizer.name_or_path = "/models/odd"
+    ChatTemplate("", "the chat template", {}).render([], None, "here:1")
     handlers = signal.getsignal(signal.SIGPROF), signal.getsignal(signal.SIGALRM)
     alarm = signal.getitimer(signal.ITIMER_REAL)
     began = time.thread_time()
@@ -103,6 +211,18 @@ def test_templates_render_in_other_threads_and_under_a_profiler() -> None:
     finally:
         signal.signal(signal.SIGPROF, before)
     assert texts == ["<|im_start|>user\nhi<|im_end|>\n"] * 2
+
+
+def test_the_timer_of_others_goes_on() -> None:
+    template = ChatTemplate(LOOP.replace("99999", "300"), "the chat template", {})
+    signal.setitimer(signal.ITIMER_PROF, 1000, 50)
+    try:
+        template.render([], None, "here:1")
+        left, interval = signal.getitimer(signal.ITIMER_PROF)
+        assert 900 < left < 1001
+        assert interval == 50
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def test_long_conversations_take_linear_time() -> None:

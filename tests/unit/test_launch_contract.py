@@ -7,16 +7,18 @@ import errno
 import json
 import re
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from launch import command, train_command
-from launch.contract import LAUNCHER_PID, VARIABLES, rank_environment, require_resolvable, resolve
+from launch import command, rendezvous, train_command
+from launch.contract import LAUNCHER_PID, VARIABLES, rank_environment, resolve
 from launch.faults import name_of_fault
 from launch.processes import Ended, Output, plan_ranks
 from launch.ray import forwarded
-from launch.supervise import MEANINGS, Screen, blame, describe, exit_code
+from launch.rendezvous import resolve_address
+from launch.supervise import MEANINGS, Ending, Screen, blame, describe, exit_code
 from launch.train_command import rank_command, require_gpus
 from trainer import errors
 from trainer.cli import parse, run_command
@@ -24,7 +26,7 @@ from trainer.config import device as config_device
 from trainer.config.device import guess_device, visible_gpus
 from trainer.errors import CannotWriteError, ConfigError, DataError, PeerLostError, SteadfastError, UsageError
 from trainer.run_directory import RunDirectory
-from trainer.world import World
+from trainer.world import World, opens_store
 
 WORLD = World(rank=3, world_size=8, local_rank=1, local_world_size=2, master_address="node7", master_port=2345)
 
@@ -67,16 +69,41 @@ def test_nonsense_in_the_environment_is_refused(name: str, text: str, fragment: 
     assert fragment in str(caught.value)
 
 
+STEP = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}
+
+
+def test_several_tasks_of_srun_without_the_contract_are_refused() -> None:
+    with pytest.raises(UsageError, match=r"srun started 2 tasks, but none of RANK, .*sbatch slurm/sft.sh CONFIG"):
+        resolve(STEP)
+    with pytest.raises(UsageError, match=r"not WORLD_SIZE.*srun sets none of them: .*sbatch slurm/sft.sh"):
+        resolve(STEP | {"RANK": "1"})
+    assert resolve(STEP | rank_environment(WORLD)) == WORLD
+    # One task of srun, a batch script and a shell of salloc may train alone.
+    for alone in ({"SLURM_STEP_NUM_TASKS": "1"}, {"SLURM_STEP_NUM_TASKS": ""}):
+        assert resolve(STEP | alone) is None
+    for name in ("SLURM_STEP_ID", "SLURM_PROCID"):
+        assert resolve({key: text for key, text in STEP.items() if key != name}) is None
+
+
+def test_torchruns_agent_serves_the_store_itself() -> None:
+    first = replace(WORLD, rank=0)
+    assert opens_store(first, {})
+    assert not opens_store(WORLD, {})
+    assert not opens_store(first, {"TORCHELASTIC_USE_AGENT_STORE": "True"})
+    assert opens_store(first, {"TORCHELASTIC_USE_AGENT_STORE": "False"})
+
+
 def test_an_unknown_host_is_named_before_torch_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
-    def unknown(host: str, port: object) -> None:
+    def unknown(host: str, port: object, **_: object) -> None:
         asked.append(host)
         raise socket.gaierror(-2, "Name or service not known")
 
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    monkeypatch.setattr(rendezvous, "_RESOLVE_PAUSE_SECONDS", 0.0)
     with pytest.raises(PeerLostError, match=r"MASTER_ADDR=nope\.invalid"):
-        require_resolvable("nope.invalid", pause_seconds=0)
+        resolve_address("nope.invalid")
     assert asked == ["nope.invalid"] * 3
 
 
@@ -239,15 +266,15 @@ def test_what_all_ranks_say_alike_is_shown_once(capsys: pytest.CaptureFixture[st
 
 def test_error_reports_of_an_earlier_start_go_unless_the_run_is_alive(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
-    run.clear_error_reports()
+    run.forget_last_start()
     assert not run.path.exists()
     with run.lock():
         run.error_report(3).parent.mkdir()
         run.error_report(3).write_text("old")
         (run.path / "errors" / "mine.txt").write_text("kept")
-        run.clear_error_reports()
+        run.forget_last_start()
         assert run.error_report(3).exists()
-    run.clear_error_reports()
+    run.forget_last_start()
     assert [path.name for path in (run.path / "errors").iterdir()] == ["mine.txt"]
     with run.lock():
         assert run.in_use()
@@ -296,7 +323,9 @@ def test_more_ranks_than_visible_gpus_are_refused(tmp_path: Path, monkeypatch: p
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(UsageError, match="this machine shows 1"):
         train_command.run(
-            argparse.Namespace(config=Path("x.yaml"), overrides=[], nproc=2, traceback=False, strict=False)
+            argparse.Namespace(
+                config=Path("x.yaml"), overrides=[], nproc=2, max_restarts=0, traceback=False, strict=False
+            )
         )
     with pytest.raises(UsageError, match="--ranks-per-node 2 needs 2 GPUs"):
         command.run(launch("local", "x.yaml", "--ranks-per-node", "2"))
@@ -316,20 +345,20 @@ def test_bfloat16_on_a_cpu_is_warned_of_at_the_start(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    monkeypatch.setattr(train_command, "launch_local", lambda *_, **__: 0)
+    monkeypatch.setattr(train_command, "launch_local", lambda *_, **__: Ending(0))
     monkeypatch.setattr(train_command, "_be_a_rank", lambda *_, **__: 0)
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     tiny = Path(__file__).resolve().parents[2] / "configs" / "tiny.yaml"
     for dtype, said in (("bfloat16", 1), ("float32", 0)):
         arguments = argparse.Namespace(
-            config=tiny, overrides=[f"model.dtype={dtype}"], nproc=2, traceback=False, strict=False
+            config=tiny, overrides=[f"model.dtype={dtype}"], nproc=2, max_restarts=0, traceback=False, strict=False
         )
         assert train_command.run(arguments) == 0
         assert capsys.readouterr().err.count("warning: model.dtype=bfloat16 on a CPU is about 80 times") == said
     # A rank says it when no launcher of ours did, and only the first one.
     slow = argparse.Namespace(
-        config=tiny, overrides=["model.dtype=bfloat16"], nproc=None, traceback=False, strict=False
+        config=tiny, overrides=["model.dtype=bfloat16"], nproc=None, max_restarts=0, traceback=False, strict=False
     )
     for more, said in (({"RANK": "0", "LOCAL_RANK": "0"}, 1), ({LAUNCHER_PID: "1"}, 0), ({"RANK": "1"}, 0)):
         for name, text in (rank_environment(WORLD) | more).items():
@@ -382,5 +411,7 @@ def test_nproc_inside_a_rank_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setenv(name, text)
     with pytest.raises(UsageError, match="--nproc 2 inside a launched rank"):
         train_command.run(
-            argparse.Namespace(config=Path("x.yaml"), overrides=[], nproc=2, traceback=False, strict=False)
+            argparse.Namespace(
+                config=Path("x.yaml"), overrides=[], nproc=2, max_restarts=0, traceback=False, strict=False
+            )
         )

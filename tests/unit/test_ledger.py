@@ -20,3 +20,12 @@ def test_a_torn_last_line_is_left_out_and_cut_away(tmp_path):
 def test_cutting_an_absent_ledger_is_nothing(tmp_path):
     assert cut_back(tmp_path / "none.jsonl", 3) is None
     assert not (tmp_path / "none.jsonl").exists()
+
+
+def test_an_entry_after_a_torn_line_is_not_lost_with_it(tmp_path):
+    path = tmp_path / "events.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2, "lo')
+    lines = JsonLines(path)
+    lines.append({"step": 3})
+    lines.close()
+    assert [entry["step"] for entry in read_lines(path)] == [1, 3]

@@ -18,17 +18,21 @@ from trainer.errors import UsageError
 DeviceType = Literal["cpu", "cuda"]
 
 
-def prepare() -> DeviceType:
-    """Choose the device of this process and set DeepSpeed up for it; returns "cuda" when torch sees a GPU.
-
-    DS_ACCELERATOR=cpu in the environment keeps a machine with GPUs on its CPU. On a CPU nothing is compiled: the
-    shared-memory operator that DeepSpeed would build at start-up is only used for inference and is declared absent.
-    Every rank calls this first.
-    """
+def choose() -> DeviceType:
+    """The device of this process: "cuda" when torch sees a GPU. DS_ACCELERATOR=cpu keeps a machine on its CPU."""
     import torch
 
     forced_to_cpu = os.environ.get("DS_ACCELERATOR") == "cpu"
-    kind: DeviceType = "cuda" if torch.cuda.is_available() and not forced_to_cpu else "cpu"
+    return "cuda" if torch.cuda.is_available() and not forced_to_cpu else "cpu"
+
+
+def prepare() -> DeviceType:
+    """Choose the device of this process (`choose`) and set DeepSpeed up for it.
+
+    On a CPU nothing is compiled: the shared-memory operator that DeepSpeed would build at start-up is only used for
+    inference and is declared absent. Every rank calls this first.
+    """
+    kind = choose()
     os.environ["DS_ACCELERATOR"] = kind
     if kind == "cpu":
         os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")

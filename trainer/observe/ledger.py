@@ -28,10 +28,11 @@ class JsonLines:
     def __init__(self, path: Path, *, durable: bool = False) -> None:
         self.path = path
         self._durable = durable
-        self._kept = bytearray()
         self._complained = False
         with write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
+            # Else the next entry would be glued to the half one of a process that was killed, and lost with it.
+            self._kept = bytearray(b"\n" if _is_torn(path) else b"")
             self._stream = path.open("ab", buffering=0)
 
     def append(self, entry: dict[str, Any]) -> None:
@@ -98,6 +99,14 @@ def cut_back(path: Path, step: int) -> dict[str, Any] | None:
                 return entry
         stream.truncate(0)
     return None
+
+
+def _is_torn(path: Path) -> bool:
+    if not path.is_file() or not path.stat().st_size:
+        return False
+    with path.open("rb") as stream:
+        stream.seek(-1, os.SEEK_END)
+        return stream.read(1) != b"\n"
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:

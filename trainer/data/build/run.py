@@ -211,6 +211,8 @@ def _encode(
     twin = verified_twin(tokenizer, Path(recipe.tokenizer))
     if isinstance(twin, NoTwin):
         sys.stderr.write(f"note: {twin}\n")
+    elif twin.passed_over:
+        sys.stderr.write(f"note: tokenizing with {twin.name}: {twin.passed_over}\n")
     for fast in (True, False) if isinstance(twin, Twin) else (False,):
         try:
             for task, counts in encode_all(tasks(), Settings(recipe, evaluation, fast), tokenizer, work, workers):

@@ -25,14 +25,14 @@ _OPEN, _CLOSE = "\U000f8ad0", "\U000f8ad1"
 _ESCAPED_OPEN, _ESCAPED_CLOSE = (json.dumps(mark)[1:-1] for mark in (_OPEN, _CLOSE))
 _OPENS = f"(?:{_OPEN}|{re.escape(_ESCAPED_OPEN)})"
 _CLOSES = f"(?:{_CLOSE}|{re.escape(_ESCAPED_CLOSE)})"
-# One of these is in every text that has a mark (in an escaped one, the first half of its surrogate pair).
-_SIGNS = (_OPEN, _CLOSE, _ESCAPED_OPEN[:6])
+# In every text that has an escaped mark: the first half of its surrogate pair.
+_ESCAPED_SIGN = _ESCAPED_OPEN[:6]
 _MARKS = re.compile(f"{_OPENS}((?:(?!{_OPENS}|{_CLOSES}).)*){_CLOSES}|{_OPENS}|{_CLOSES}", re.DOTALL)
 
 # Of the pieces that the twin encodes, the tokenizer encodes one in so many too, chosen by their hash, and the first
 # ones after every `check_again`.
 CHECKED_SHARE = 64
-CHECKED_FIRST = 200
+CHECKED_FIRST = 64
 
 
 class TextEncoder:
@@ -90,7 +90,7 @@ class TextEncoder:
             DataError: the data contains the marks themselves, or half a surrogate pair.
         """
         if isinstance(value, str):
-            _check_characters(value, f"{place}: ")
+            _check_characters(value, place)
             if _OPEN in value or _CLOSE in value:
                 raise DataError(
                     f"{place}: the private-use character U+F8AD0 or U+F8AD1",
@@ -114,7 +114,7 @@ class TextEncoder:
             TwinMismatch: the twin is none.
         """
         _check_characters(text)
-        if not any(sign in text for sign in _SIGNS):
+        if _OPEN not in text and _CLOSE not in text and _ESCAPED_SIGN not in text:
             return self._encode_piece(self._ids_of, text, first=first) if text else []
         ids: list[int] = []
         for piece, literal in _pieces(text):
@@ -149,6 +149,8 @@ class TextEncoder:
             places = self._control_places(text)
         else:
             places = [match.span() for match in self.pattern.finditer(text)]
+        if not places:
+            return self._guard_edges(text), []
         parts, last = [], 0
         for start, stop in places:
             parts += [text[last:start], _OPEN, text[start:stop], _CLOSE]
@@ -209,7 +211,8 @@ def _check_characters(text: str, place: str = "") -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise DataError(
-            f"{place}half a surrogate pair, U+{ord(text[error.start]):04X}", "write the whole character, or remove it"
+            f"{place + ': ' if place else ''}half a surrogate pair, U+{ord(text[error.start]):04X}",
+            "write the whole character, or remove it",
         ) from error
 
 

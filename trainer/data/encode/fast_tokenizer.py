@@ -1,7 +1,14 @@
 """A twin of the tokenizer: the same ids, several times faster, or the reason why there is none.
 
-A byte-level BPE tokenizer becomes a tiktoken encoding. tiktoken merges the neighbours whose union has the lowest id,
-`tokenizers` the neighbours that stand first in its list of merges. Both give the same ids on every text when
+Every twin is tried: on a stress list here, and on a fixed share of the user's own texts by `TextEncoder`, which raises
+TwinMismatch at the first difference.
+
+A SentencePiece model is encoded by its own library. Byte-level BPE is encoded by fastokens, which reads the tokenizer's
+own definition and follows its list of merges; where it is not installed, cannot read the definition or gives other ids,
+by tiktoken.
+
+tiktoken merges the neighbours whose union has the lowest id, `tokenizers` the neighbours that stand first in its list
+of merges. Both give the same ids on every text when
 
 1. along the list of merges the ids of the unions never fall, and
 2. the bytes of every token, merged by the list, become that very token.
@@ -12,9 +19,6 @@ the list, though xy is a token. Alone, x y is then reached too and stays as it i
 
 A token that breaks 2 can never appear where whole words are not looked up first: it is left out. Where they are
 (`ignore_merges`) it is kept if all ways to cut it in two are in the list, for then no neighbours can differ over it.
-
-How the text is cut into words is not proved but tried: on a stress list here, and on a fixed share of the user's own
-texts by `TextEncoder`, which raises TwinMismatch at the first difference.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -81,36 +85,19 @@ class NoTwin:
         return f"tokenizing with transformers: {self.reason}"
 
 
+@dataclass(frozen=True)
 class Twin:
     """Encodes text to the ids of a `tokenizers` backend without a post-processor.
 
-    Args:
+    Attributes:
         name: of the library that does it.
-        ordinary: ids of text between added tokens.
-        added: the added tokens of the backend's definition.
-        normalize: the backend's normaliser.
+        encode: ids of a text; None when it is too odd to be left to the twin (a word or white space without end).
+        passed_over: why an installed, faster library is not used; empty if there is none.
     """
 
-    def __init__(
-        self, name: str, ordinary: Encode, added: Sequence[dict[str, Any]], normalize: Callable[[str], str] | None
-    ) -> None:
-        self.name = name
-        self._exact = _AddedTokens([token for token in added if not token["normalized"]])
-        if normalize is None:
-            self._between = _cutting(_AddedTokens([token for token in added if token["normalized"]]), ordinary)
-        else:
-            contents = [token | {"content": normalize(token["content"])} for token in added if token["normalized"]]
-            inner = _cutting(_AddedTokens(contents), ordinary)
-            self._between = lambda text: inner(normalize(text))
-        self._encode = _cutting(self._exact, self._between)
-
-    def encode(self, text: str) -> list[int] | None:
-        """Ids of `text`; None when it is too odd to be left to the twin (white space without end)."""
-        if len(text) > LONG_TEXT and any(
-            match.end() - match.start() > LONG_TEXT for match in _WHITE_RUN.finditer(text)
-        ):
-            return None
-        return self._encode(text)
+    name: str
+    encode: Callable[[str], list[int] | None]
+    passed_over: str = ""
 
 
 def verified_twin(tokenizer: Any, directory: Path | None = None) -> Twin | NoTwin:
@@ -125,12 +112,17 @@ def verified_twin(tokenizer: Any, directory: Path | None = None) -> Twin | NoTwi
     definition = json.loads(tokenizer.backend_tokenizer.to_str())
     definition |= {"truncation": None, "padding": None, "post_processor": None}
     backend = Tokenizer.from_str(json.dumps(definition))
+    passed_over = ""
+    try:
+        if fastest := _fastokens(definition):
+            return _checked(fastest, definition, backend)
+    except _NoTwinError as error:
+        passed_over = str(error)
     try:
         twin = _twin_of(definition, backend, directory)
-        _check_equal(twin, backend, [token["content"] for token in definition["added_tokens"]])
+        return replace(_checked(twin, definition, backend), passed_over=passed_over)
     except _NoTwinError as error:
-        return NoTwin(str(error))
-    return twin
+        return NoTwin("; ".join(filter(None, (passed_over, str(error)))))
 
 
 class _NoTwinError(Exception):
@@ -164,6 +156,41 @@ class _AddedTokens:
         return parts
 
 
+def _cutting_twin(
+    name: str, ordinary: Encode, added: Sequence[dict[str, Any]], normalize: Callable[[str], str] | None
+) -> Twin:
+    """A twin by a library that knows neither added tokens nor normalisers.
+
+    Args:
+        name: of the library.
+        ordinary: ids of text between added tokens.
+        added: the added tokens of the backend's definition.
+        normalize: the backend's normaliser.
+    """
+    exact = _AddedTokens([token for token in added if not token["normalized"]])
+    contents = [token for token in added if token["normalized"]]
+    if normalize is None:
+        between = _cutting(_AddedTokens(contents), ordinary)
+    else:
+        inner = _cutting(
+            _AddedTokens([token | {"content": normalize(token["content"])} for token in contents]), ordinary
+        )
+
+        def between(text: str) -> list[int]:
+            return inner(normalize(text))
+
+    encode = _cutting(exact, between)
+
+    def encode_usual(text: str) -> list[int] | None:
+        if len(text) > LONG_TEXT and any(
+            match.end() - match.start() > LONG_TEXT for match in _WHITE_RUN.finditer(text)
+        ):
+            return None
+        return encode(text)
+
+    return Twin(name, encode_usual)
+
+
 def _cutting(tokens: _AddedTokens, between: Encode) -> Encode:
     """An encoder that gives `tokens` their ids and leaves what is between them to `between`."""
     if not tokens.ids:
@@ -185,21 +212,47 @@ def _cutting(tokens: _AddedTokens, between: Encode) -> Encode:
 def _twin_of(definition: dict[str, Any], backend: Any, directory: Path | None) -> Twin:
     added = definition["added_tokens"]
     if _is_byte_level(definition["pre_tokenizer"]):
-        return Twin("tiktoken", _tiktoken(definition), added, _normalizer(definition["normalizer"], backend))
+        return _cutting_twin("tiktoken", _tiktoken(definition), added, _normalizer(definition["normalizer"], backend))
     file = None if directory is None else find_model(directory)
     encode = None if file is None else sentencepiece_encoder(file)
     if encode is None:
         raise _NoTwinError("it is neither byte-level BPE nor a SentencePiece model")
     if any(token["normalized"] for token in added):
         raise _NoTwinError("an added token is looked for in normalised text")
-    return Twin("sentencepiece", encode, added, None)
+    return _cutting_twin("sentencepiece", encode, added, None)
 
 
-def _check_equal(twin: Twin, backend: Any, tokens: Sequence[str]) -> None:
+def _checked(twin: Twin, definition: dict[str, Any], backend: Any) -> Twin:
+    """The twin, if it is equal on the stress list."""
+    tokens = [token["content"] for token in definition["added_tokens"]]
     texts = stress_texts(tokens if len(tokens) <= 64 else [*tokens[:32], *tokens[-32:]])
     for text, encoding in zip(texts, backend.encode_batch(texts, add_special_tokens=False), strict=True):
         if twin.encode(text) != encoding.ids:
             raise _NoTwinError(TwinMismatch(text, twin.name).reason)
+    return twin
+
+
+def _fastokens(definition: dict[str, Any]) -> Twin | None:
+    """A twin by fastokens; None when it is not installed, and for SentencePiece, where it takes "<0x41>" for a byte."""
+    if not _is_byte_level(definition["pre_tokenizer"]):
+        return None
+    try:
+        from fastokens import Tokenizer
+    except ImportError:
+        return None
+    try:
+        encode = Tokenizer.from_json_str(json.dumps(definition)).encode
+    except ValueError as error:
+        raise _NoTwinError(f"fastokens cannot read the tokenizer: {error}") from None
+
+    def ids_of(text: str) -> list[int] | None:
+        try:
+            ids: list[int] = encode(text).ids
+        except ValueError:
+            return None  # a limit of its regular expressions
+        return ids
+
+    return Twin("fastokens", ids_of)
 
 
 # --- byte-level BPE ---

@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
@@ -29,6 +29,12 @@ MAX_CHARACTERS = 64 << 20
 MAX_GROWTH_BYTES = 1 << 30
 MAX_BITS = 1 << 16
 
+# The sandbox looks for these before it looks for keys.
+_NAMES_OF_DICT = frozenset(dir(dict))
+
+# No template can name this filter.
+_RECORD = "{% generation %}"
+
 _ENVIRONMENT = "{# the environment of chat templates #}"
 
 
@@ -40,7 +46,8 @@ class _GenerationBlocks(Extension):
     """Records which characters `{% generation %}` blocks wrote.
 
     Like transformers' own extension, whose place it takes, but in time linear in the text: that one joins everything
-    rendered so far at each block. `rendered` counts the characters before the block that is being rendered.
+    rendered so far at each block. Here a block is text that goes through a filter. `rendered` counts the characters
+    before the block that is being rendered.
     """
 
     tags = {"generation"}  # noqa: RUF012 (jinja2 wants a set)
@@ -56,12 +63,23 @@ class _GenerationBlocks(Extension):
         line = next(parser.stream).lineno
         self.present = True
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("_record"), [], [], body).set_lineno(line)
+        if _leaves_a_loop(body):
+            parser.fail("a loop is left inside a generation block", line)
+        return nodes.FilterBlock(body, nodes.Filter(None, _RECORD, [], [], None, None)).set_lineno(line)
 
-    def _record(self, caller: Callable[[], str]) -> str:
-        text = caller()
+    def record(self, text: str) -> str:
+        """The filter that every block becomes."""
         self.spans.append((self.rendered, self.rendered + len(text)))
         return text
+
+
+def _leaves_a_loop(body: Iterable[nodes.Node]) -> bool:
+    """Whether there is a `break` or `continue` of a loop outside: the text of the block would be lost."""
+    return any(
+        isinstance(node, (nodes.Break, nodes.Continue))
+        or (not isinstance(node, nodes.For) and _leaves_a_loop(node.iter_child_nodes()))
+        for node in body
+    )
 
 
 class ChatTemplate:
@@ -123,7 +141,9 @@ class ChatTemplate:
             # A single operation cannot be interrupted; these two are the ones that can take for ever.
             environment.intercepted_binops = frozenset({"*", "**"})
             environment.binop_table = {**environment.binop_table, "*": _product, "**": _power}
+            environment.getattr = _sooner_for_keys(environment)
             self._blocks = environment.extensions[_GenerationBlocks.identifier]
+            environment.filters = {**environment.filters, _RECORD: self._blocks.record}
             try:
                 with _Bounds():
                     self._compiled = environment.from_string(self.source)
@@ -141,6 +161,18 @@ class ChatTemplate:
             f"{place}: {self.name} refuses this conversation: {reason}",
             "change the row, or use a tokenizer whose template takes such conversations",
         )
+
+
+def _sooner_for_keys(environment: Any) -> Callable[[Any, str], Any]:
+    """The sandbox's own `getattr`, without its detours for the keys of messages."""
+    of_sandbox, undefined = environment.getattr, environment.undefined
+
+    def getattr_or_key(value: Any, name: str) -> Any:
+        if type(value) is not dict or name in _NAMES_OF_DICT:
+            return of_sandbox(value, name)
+        return value[name] if name in value else undefined(obj=value, name=name)
+
+    return getattr_or_key
 
 
 def _product(left: Any, right: Any) -> Any:
@@ -165,31 +197,41 @@ class _Bounds:
 
     A timer of processor time interrupts it, so a machine that is busy with other things refuses nothing. Timers belong
     to the main thread: elsewhere, and where a profiler has this timer, there is no limit. A block that ends before the
-    first tick costs a few microseconds.
+    first tick costs a microsecond or two; for this the handler of the ticks, once set, stays.
     """
 
+    _entered: _Bounds | None = None
+    _handles_ticks = False
+
     def __enter__(self) -> None:
-        self._running = False
-        if threading.current_thread() is not threading.main_thread():
+        if threading.current_thread() is not threading.main_thread() or not _Bounds._can_handle_ticks():
             return
-        self._before = signal.getsignal(signal.SIGPROF)
-        if self._before not in (signal.SIG_DFL, signal.SIG_IGN):
-            return
-        self._running = True
-        self._began = self._peak = -1.0
-        signal.signal(signal.SIGPROF, self._tick)
         # It ticks again, should something in between swallow the exception.
-        signal.setitimer(signal.ITIMER_PROF, TICK_SECONDS, TICK_SECONDS)
+        others = signal.setitimer(signal.ITIMER_PROF, TICK_SECONDS, TICK_SECONDS)
+        if others != (0.0, 0.0):
+            signal.setitimer(signal.ITIMER_PROF, *others)
+            return
+        self._began = self._peak = -1.0
+        _Bounds._entered = self
 
     def __exit__(self, *error: object) -> None:
-        if self._running:
-            self._running = False
+        if _Bounds._entered is self:
+            _Bounds._entered = None
             signal.setitimer(signal.ITIMER_PROF, 0)
-            signal.signal(signal.SIGPROF, self._before)
 
-    def _tick(self, number: int, frame: FrameType | None) -> None:
-        if not self._running:
-            return
+    @classmethod
+    def _can_handle_ticks(cls) -> bool:
+        if not cls._handles_ticks and signal.getsignal(signal.SIGPROF) in (signal.SIG_DFL, signal.SIG_IGN):
+            signal.signal(signal.SIGPROF, cls._tick)
+            cls._handles_ticks = True
+        return cls._handles_ticks
+
+    @classmethod
+    def _tick(cls, number: int, frame: FrameType | None) -> None:
+        if cls._entered is not None:
+            cls._entered._check()
+
+    def _check(self) -> None:
         if self._began < 0:
             self._began, self._peak = time.thread_time(), _peak_bytes()
         elif time.thread_time() - self._began > SECONDS:

@@ -28,7 +28,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -111,8 +111,7 @@ class Encoded:
         return sum(stop - start for start, stop in self.spans)
 
 
-@dataclass(frozen=True)
-class _Talk:
+class _Talk(NamedTuple):
     """A conversation on its way: neutralised messages, and which of the assistant's turns are trained on."""
 
     messages: list[Message]
@@ -129,8 +128,7 @@ class _Talk:
         return self.template.render(self.messages[:until], self.tools, self.place, prompt=prompt)[0]
 
 
-@dataclass(frozen=True)
-class _Cut:
+class _Cut(NamedTuple):
     """Encoded text with the token positions of assistant turns in it and whether each is trained on.
 
     `by_turn` is false where a span may be a part of a turn, or several turns.
