@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -137,7 +138,8 @@ class RunSaver:
         """From now on saves go through a process beside each rank, if the memory of every host allows it."""
         world = self.capture.world
         size = self.capture.tensor_bytes()
-        short = available_memory() is not None and size * world.local_world_size > (available_memory() or 0)
+        available = available_memory()
+        short = available is not None and size * world.local_world_size > available
         if any(answer["short"] for answer in self.saves.exchange({"short": short})):
             if world.is_first:
                 sys.stderr.write(
@@ -180,12 +182,15 @@ class RunSaver:
 
 
 def available_memory() -> int | None:
-    """Bytes of this host that can be taken without swapping; None where the kernel does not say."""
-    try:
+    """Bytes that can be taken without swapping or hitting this container's limit; None where the kernel is silent."""
+    found = []
+    with suppress(OSError, StopIteration, ValueError, IndexError):
         lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration, ValueError, IndexError):
-        return None
+        found.append(next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")))
+    with suppress(OSError, ValueError):
+        group = Path("/sys/fs/cgroup")
+        found.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return min(found, default=None)
 
 
 def persistent_buffers(model: Any) -> dict[str, torch.Tensor]:

@@ -97,7 +97,9 @@ class Saves:
     mirror: Mirror | None = None
     on_phase: Callable[[str], None] = lambda phase: None
     """Called as each phase begins; fault tests stop the process here."""
-    _failures: int = 0
+    _failures: int = field(default=0, init=False)
+    _needed: int = field(default=0, init=False)
+    """Bytes that the checkpoint before took."""
     _in_flight: _InFlight | None = field(default=None, init=False)
 
     def begin(
@@ -201,16 +203,14 @@ class Saves:
         mine: dict[str, Any] = {"bytes": size}
         if self.rank == 0:
             try:
-                if self._failures and self.newest is not None:
-                    # The last save failed, perhaps for want of room: only what must stay stays.
-                    retain(self.checkpoints, 1, self.newest, self.mirror.pending if self.mirror else [])
                 open_attempt(self.checkpoints, attempt_directory(self.checkpoints, step))
+                self._make_room()
                 mine["free"] = shutil.disk_usage(self.checkpoints).free
             except (SteadfastError, OSError) as error:
                 mine |= _failure(error)
         answers = self.exchange(mine)
         problem = _first_problem(answers)
-        needed = sum(answer["bytes"] for answer in answers) + SPARE_BYTES
+        needed = self._needed = sum(answer["bytes"] for answer in answers) + SPARE_BYTES
         if problem is None and needed > answers[0]["free"]:
             problem = (
                 f"the checkpoint needs {needed / 2**20:,.0f} MiB and {self.checkpoints} has "
@@ -219,6 +219,15 @@ class Saves:
             if self.rank == 0:
                 abandon(attempt_directory(self.checkpoints, step))
         return problem
+
+    def _make_room(self) -> None:
+        """After a save that failed: if room is short, only what must stay stays.
+
+        After a second failure in any case: a quota is a shortage that the file system does not show.
+        """
+        short = shutil.disk_usage(self.checkpoints).free < self._needed
+        if self.newest is not None and (self._failures > 1 or (self._failures and short)):
+            retain(self.checkpoints, 1, self.newest, self.mirror.pending if self.mirror else [])
 
     def _write_here(self, save: _InFlight, contents: RankContents) -> str | None:
         writer = Writer(self.rank, lambda place: write_contents(contents, place), self.exchange, self.on_phase)

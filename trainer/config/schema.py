@@ -184,7 +184,8 @@ class Checkpoint(Section):
     every_steps: Count = 500
     """Steps between checkpoints; the last step is always saved."""
     keep: Count = 2
-    """Checkpoints kept; the newest valid one, the best and those that are pinned are never removed."""
+    """Checkpoints kept; the newest valid one, the best of those evaluated at their step and those that are pinned are
+    never removed."""
     asynchronous: Flag = True
     """Write checkpoints while training goes on; takes host memory for a copy of a rank's state."""
     strict: Flag = False
