@@ -50,7 +50,7 @@ def _llama(hidden: int, layers: int, heads: int, inner: int, *, tied: bool) -> d
 
 MODELS = {
     "demo": Model(_llama(128, 2, 8, 384, tied=True), 2, "zero2", every=20, saves=6),
-    "300m": Model(_llama(1024, 18, 16, 4096, tied=True), 1, "zero1", every=6, saves=3),
+    "300m": Model(_llama(1024, 18, 16, 4096, tied=True), 1, "zero1", every=4, saves=2),
     "quick": Model(_llama(32, 1, 2, 64, tied=True), 1, "zero1", every=5, saves=2),
 }
 

@@ -139,16 +139,21 @@ class RunSaver:
         world = self.capture.world
         size = self.capture.tensor_bytes()
         available = available_memory()
-        short = available is not None and size * world.local_world_size > available
-        if any(answer["short"] for answer in self.saves.exchange({"short": short})):
-            if world.is_first:
-                sys.stderr.write(
-                    f"warning: saves will block training: a copy of a rank's state takes {size / 2**30:.1f} GiB of "
-                    "host memory, and not all hosts have that for each of their ranks\n"
-                )
-            return
-        self.saves.writer = WriterProcess()
-        self.saves.writer.reserve(size)
+        problem = None
+        if available is not None and size * world.local_world_size > available:
+            problem = f"a copy of a rank's state takes {size / 2**30:.1f} GiB of memory, and not all hosts have that"
+        else:
+            self.saves.writer = WriterProcess()
+            try:
+                self.saves.writer.reserve(size)
+            except OSError as error:
+                problem = f"{size / 2**30:.1f} GiB of memory cannot be shared with another process: {error.strerror}"
+        problems = [answer["problem"] for answer in self.saves.exchange({"problem": problem}) if answer["problem"]]
+        if problems and self.saves.writer is not None:
+            self.saves.writer.close()
+            self.saves.writer = None
+        if problems and world.is_first:
+            sys.stderr.write(f"warning: saves will block training: {problems[0]}\n")
 
     @property
     def vote(self) -> float:
