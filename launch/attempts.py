@@ -22,9 +22,11 @@ from trainer.checkpoint.verify import committed_steps
 from trainer.config.load import config_as_yaml
 from trainer.config.schema import Config
 from trainer.durable import write_errors, write_file
-from trainer.errors import PeerLostError
+from trainer.errors import PeerLostError, RunLockedError
 from trainer.observe.ledger import JsonLines, read_lines
 from trainer.run_directory import RunDirectory
+
+RELEASE_SECONDS = 20.0
 
 
 def newest_step(run: RunDirectory) -> int:
@@ -68,7 +70,13 @@ def record_launch(run: RunDirectory, job: str, **details: Any) -> None:
 
 
 def record_end(run: RunDirectory, job: str, attempt: Attempt, blamed: str, decision: Decision) -> None:
-    """Note how an attempt of `job` ended, who is blamed for it, and what comes next. Raises CannotWriteError."""
+    """Note how an attempt of `job` ended, who is blamed for it, and what comes next. Raises CannotWriteError.
+
+    A rank that was killed keeps its lock until the kernel has freed its memory: that is waited for.
+    """
+    end = time.monotonic() + RELEASE_SECONDS
+    while attempt.exit_code != RunLockedError.exit_code and run.in_use() and time.monotonic() < end:
+        time.sleep(0.1)
     entry = {
         "event": "end",
         "job": job,

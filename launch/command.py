@@ -2,7 +2,7 @@
 
 steadfast launch local configs/tiny.yaml --ranks-per-node 2 --max-restarts 3
 steadfast launch slurm configs/tiny.yaml --nodes 2 --gpus-per-node 8 --sbatch="--partition=gpu --time=12:00:00"
-steadfast launch ray configs/tiny.yaml --nodes 2 --gpus-per-node 8 --address auto
+steadfast launch ray configs/tiny.yaml --nodes 2 --gpus-per-node 8 --address http://HEAD:8265
 steadfast launch slurm configs/tiny.yaml --nodes 2 --gpus-per-node 8 --dry-run
 
 steadfast launch status runs/tiny
@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
     slurm.add_argument(
         "--sbatch", action="append", default=[], metavar="OPTIONS", help='options for sbatch, e.g. --sbatch="--time=60"'
     )
-    ray.add_argument("--address", metavar="ADDRESS", help="Ray cluster, e.g. auto or HOST:6379 (default: a local one)")
+    ray.add_argument(
+        "--address",
+        metavar="ADDRESS",
+        help="job API to submit to (http://HEAD:8265), or a cluster to be the driver in: auto, HOST:6379 "
+        "(default: RAY_ADDRESS, which jobs have; else a cluster on this machine)",
+    )
+    ray.add_argument(
+        "--allow-unauthenticated", action="store_true", help="use a remote cluster even if it asks for no token"
+    )
 
     status = commands.add_parser("status", help="where a launched run is, and how its attempts ended")
     logs = commands.add_parser("logs", help="what a launched run has written")
@@ -65,12 +74,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
     # What slurm/sft.sh and its srun call; nobody types these.
     for inner in ("slurm-job", "slurm-task"):
         add_config_arguments(commands.add_parser(inner))
+    # The job that a graceful stop sends to a Ray cluster.
+    commands.add_parser("ray-stop").add_argument("job")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Do what was asked; returns the exit code, that of the run where this process waits for it."""
     if arguments.place in ("status", "logs", "stop"):
         return _look_after(arguments)
+    if arguments.place == "ray-stop":
+        from launch.ray.place import stop_from_within
+
+        return stop_from_within(arguments.job)
     if arguments.place == "slurm-job":
         from launch.slurm.job import run_job
 
@@ -118,6 +133,12 @@ def _launch(arguments: argparse.Namespace) -> int:
     command = rank_command(arguments.config, arguments.overrides, show_traceback=arguments.traceback)
     if arguments.place == "slurm":
         return _submit(arguments, config, nodes, ranks)
+    if arguments.place == "ray":
+        from launch.ray.api import is_api
+
+        arguments.address = arguments.address or os.environ.get("RAY_ADDRESS")
+        if is_api(arguments.address):
+            return _submit_to_ray(arguments, config, nodes, ranks)
     if arguments.dry_run:
         _show(_plan(arguments, config, command, nodes, ranks), as_json=arguments.json)
         return 0
@@ -128,16 +149,45 @@ def _launch(arguments: argparse.Namespace) -> int:
             config,
             arguments.max_restarts,
         )
-    from launch.ray import launch_ray
+    from launch.ray.run import run_ray
 
-    return launch_ray(
+    return run_ray(
         command,
+        config,
         nodes=nodes,
         ranks_per_node=ranks,
         gpus_per_node=gpus,
         address=arguments.address,
-        run_dir=Path(config.run.dir),
+        allow_unauthenticated=arguments.allow_unauthenticated,
     )
+
+
+def _submit_to_ray(arguments: argparse.Namespace, config: Config, nodes: int, ranks: int) -> int:
+    from launch.ray.submit import job_name, plan_ray, submit
+
+    run_dir = Path(config.run.dir)
+    plan = plan_ray(
+        arguments.config,
+        arguments.overrides,
+        run_dir=run_dir,
+        address=arguments.address,
+        nodes=nodes,
+        ranks_per_node=ranks,
+        gpus_per_node=arguments.gpus_per_node,
+        environ=os.environ,
+        directory=str(Path.cwd()),
+        show_traceback=arguments.traceback,
+    )
+    if arguments.dry_run:
+        shown = json.dumps({"place": "ray", "address": plan.address, **plan.request()}, indent=2)
+        print(shown if arguments.json else "\n".join(plan.lines()))
+        return 0
+    job = job_name(run_dir)
+    submit(plan, job, allow_unauthenticated=arguments.allow_unauthenticated)
+    reference = {"place": "ray", "job": job, "api": plan.address, "cluster": ""}
+    write_reference(RunDirectory(run_dir), reference | {"allow_unauthenticated": arguments.allow_unauthenticated})
+    print(f"submitted job {job}; see steadfast launch status {run_dir}")
+    return 0
 
 
 def _submit(arguments: argparse.Namespace, config: Config, nodes: int, ranks: int) -> int:
@@ -154,7 +204,7 @@ def _submit(arguments: argparse.Namespace, config: Config, nodes: int, ranks: in
     )
     if arguments.dry_run:
         if arguments.json:
-            print(json.dumps({"place": "slurm", "command": plan.command, "environment": plan.environment}, indent=2))
+            print(json.dumps({"place": "slurm", **asdict(plan)}, indent=2))
         else:
             print("\n".join(plan.lines()))
         return 0
@@ -175,7 +225,7 @@ def _plan(arguments: argparse.Namespace, config: Config, command: list[str], nod
         "directory": str(Path.cwd()),
     }
     if arguments.place == "ray":
-        from launch.ray import forwarded
+        from launch.ray.hosts import forwarded
 
         return plan | {
             "address": arguments.address or "a new local cluster",

@@ -21,7 +21,7 @@ from trainer.errors import MissingInputError
 from trainer.observe.ledger import read_lines
 from trainer.run_directory import RunDirectory
 
-PLACES = {"local": "launch.local_place", "slurm": "launch.slurm.place"}
+PLACES = {"local": "launch.local_place", "slurm": "launch.slurm.place", "ray": "launch.ray.place"}
 
 
 def reference_of(run: RunDirectory) -> dict[str, Any]:
@@ -45,6 +45,8 @@ def place_of(reference: dict[str, Any]) -> Any:
 def status_of(run: RunDirectory) -> dict[str, Any]:
     """Where the run is, how far it came, and how its attempts ended."""
     reference = reference_of(run)
+    # Asked first: of a run that has ended, the files below are complete.
+    state = place_of(reference).state(reference)
     newest = {}
     for entry in read_lines(run.metrics):
         if "train/loss" in entry:
@@ -52,7 +54,7 @@ def status_of(run: RunDirectory) -> dict[str, Any]:
     ends = [entry for entry in read_lines(run.events) if entry["event"] == "end"]
     return {
         "run": str(run.path),
-        "state": place_of(reference).state(reference),
+        "state": state,
         "reference": reference,
         "outcome": _read(run.outcome).get("status", "none yet"),
         "step": newest.get("step", 0),

@@ -33,6 +33,7 @@ MEANINGS: dict[int, str] = {
     if isinstance(kind, type) and issubclass(kind, SteadfastError)
 }
 _RESUME = "start the same command again: it resumes from the last committed checkpoint"
+_VICTIMS = (PeerLostError.exit_code, -signal.SIGTERM)
 _SIGNAL_HINTS = {
     signal.SIGKILL: "when nobody sent it, memory ran out: see dmesg",
     signal.SIGSEGV: "a native library crashed",
@@ -143,8 +144,8 @@ def supervise(
 
 
 def blame(failures: Sequence[Ended]) -> Ended:
-    """The rank that broke the run: the first to end, those last that only say they lost a peer."""
-    return min(failures, key=lambda ended: (ended.status == PeerLostError.exit_code and not ended.note, ended.when))
+    """The rank that broke the run: the first to end, those last that lost a peer or were told to end (SIGTERM)."""
+    return min(failures, key=lambda ended: (ended.status in _VICTIMS and not ended.note, ended.when))
 
 
 def exit_code(ended: Ended) -> int:
@@ -165,6 +166,9 @@ def describe(ended: Ended, world_size: int, last_words: str, report: Path | None
     remedies = []
     if ended.note:
         how = ended.note
+        if not last_words.startswith("error: "):
+            # Its end came from outside: what it happened to say before explains nothing.
+            last_words = ""
     elif ended.status < 0:
         how = f"was killed by {_signal_name(-ended.status)} (pid {ended.pid}) at {_clock(ended.when)}"
         with contextlib.suppress(ValueError, KeyError):

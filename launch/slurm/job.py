@@ -9,7 +9,6 @@ a node is lost              Slurm requeues the job by itself; the next attempt r
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shlex
@@ -39,8 +38,6 @@ from trainer.run_directory import RunDirectory
 
 LAST_SECONDS = 30.0
 FIRST_PORT, PORTS = 20_000, 12_000
-PREFLIGHT = "launch.preflight.command"
-"""Module of `steadfast preflight CONFIG`, which runs once a rank before the ranks, when it is there."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +92,9 @@ def for_array_task(overrides: Sequence[str], array_task: str) -> list[str]:
     return [override.replace("%a", array_task) if array_task else override for override in overrides]
 
 
-def srun_command(allocated: Allocation, environ: Mapping[str, str], words: Sequence[str]) -> list[str]:
+def srun_command(
+    allocated: Allocation, environ: Mapping[str, str], words: Sequence[str], *, label: bool = True
+) -> list[str]:
     """The srun that starts `words` once a rank. SFT_SRUN_ARGS comes last, so that a site can change anything."""
     return [
         "srun",
@@ -105,7 +104,7 @@ def srun_command(allocated: Allocation, environ: Mapping[str, str], words: Seque
         # Who ends whom, and when, is the job's decision: srun would end peers in the middle of a save.
         "--kill-on-bad-exit=0",
         "--wait=0",
-        "--label",
+        *(["--label"] if label else []),
         "--input=none",
         *shlex.split(environ.get("SFT_SRUN_ARGS", "")),
         *words,
@@ -149,20 +148,16 @@ def run_job(config_path: Path, overrides: Sequence[str], *, show_traceback: bool
     write_reference(run, {"place": "slurm", "job": allocated.job, "output": known.get("StdOut", "")})
     environ = srun_environment(os.environ, master, allocated.port)
     steadfast = [*python_of_ranks(os.environ), str(ROOT / "steadfast.py")]
-    ending = _preflight(srun_command(allocated, os.environ, [*steadfast, "preflight", *words]), environ)
+    ending = _preflight(srun_command(allocated, os.environ, [*steadfast, "preflight", *words], label=False), environ)
+    ranks = SrunRanks(
+        srun_command(allocated, os.environ, [*steadfast, "launch", "slurm-task", *words]),
+        environ,
+        world_size=allocated.world_size,
+    )
     if ending is None:
-        ending = supervise(
-            SrunRanks(
-                srun_command(allocated, os.environ, [*steadfast, "launch", "slurm-task", *words]),
-                environ,
-                world_size=allocated.world_size,
-            ),
-            world_size=allocated.world_size,
-            run_dir=run.path,
-            deadline=_deadline(known),
-        )
+        ending = supervise(ranks, world_size=allocated.world_size, run_dir=run.path, deadline=_deadline(known))
     saved = run.stopped.exists()
-    attempt = ended(run, config, ending.code, asked_by(ending, saved))
+    attempt = ended(run, config, ending.code, asked_by(ending, saved, ranks.lost_hosts))
     decision = decide([*history, attempt])
     record_end(run, allocated.job, attempt, ending.blamed, decision)
     if isinstance(decision, Done):
@@ -171,23 +166,27 @@ def run_job(config_path: Path, overrides: Sequence[str], *, show_traceback: bool
         if not saved:
             _say(f"giving up: {decision.why}")
         return decision.exit_code
+    if ranks.lost_hosts:
+        _say(f"Slurm requeues the job: {decision.why}")
+        return ending.code
     return _requeue(allocated.job, decision.why, ending.code)
 
 
-def asked_by(ending: Ending, saved: bool) -> Literal["nobody", "scheduler", "person"]:
+def asked_by(ending: Ending, saved: bool, lost_hosts: Sequence[str] = ()) -> Literal["nobody", "scheduler", "person"]:
     """Who asked an attempt to stop.
 
-    `scancel`, with or without our own `launch stop`, reaches the batch step as SIGTERM. When only the tasks were
-    signalled, Slurm is preempting the job in a partition that sends no warning to the batch step.
+    `scancel`, with or without our own `launch stop`, reaches the batch step as SIGTERM, and so does the end of a job
+    that has lost a host. When only the tasks were signalled, Slurm is preempting the job in a partition that sends no
+    warning to the batch step.
     """
-    if ending.asked in ("SIGUSR2", TIME_LIMIT) or (saved and not ending.asked):
+    if lost_hosts or ending.asked in ("SIGUSR2", TIME_LIMIT) or (saved and not ending.asked):
         return "scheduler"
     return "person" if ending.asked else "nobody"
 
 
 def _preflight(command: Sequence[str], environ: Mapping[str, str]) -> Ending | None:
     """Look at the hosts before the ranks start; how the attempt ended when they are not fit, else None."""
-    if os.environ.get("SFT_PREFLIGHT") == "0" or importlib.util.find_spec(PREFLIGHT) is None:
+    if os.environ.get("SFT_PREFLIGHT") == "0":
         return None
     code = subprocess.run(command, env=dict(environ), stdin=subprocess.DEVNULL, check=False).returncode
     return Ending(code, "", "preflight: see above") if code else None

@@ -28,6 +28,8 @@ ENDED = "steadfast-rank-ended "
 _LABEL = re.compile(r" *(\d+): ?(.*)", re.DOTALL)
 _LOST_NODE = re.compile(r"srun: error: Node failure on (\S+)")
 _KILL_PATIENCE_SECONDS = 15.0
+# What ranks wrote last may still be on its way when their ends have arrived; srun then ends by itself.
+_OUTPUT_PATIENCE_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,10 @@ def read_line(line: str, stream: Literal["stdout", "stderr"]) -> list[Event | St
 
 
 class SrunRanks:
-    """`command` is the whole srun command line; its tasks are `launch.slurm.task`."""
+    """`command` is the whole srun command line; its tasks are `launch.slurm.task`.
+
+    `lost_hosts` are those that Slurm has said to be gone.
+    """
 
     def __init__(self, command: Sequence[str], environ: Mapping[str, str], *, world_size: int) -> None:
         self._command, self._environ = [*command], {**environ}
@@ -76,7 +81,8 @@ class SrunRanks:
         self._started: dict[int, Started] = {}
         self._waiting_signals: list[int] = []
         self._lines: queue.Queue[tuple[Literal["stdout", "stderr"], str] | None] = queue.Queue(10_000)
-        self._lost_hosts: list[str] = []
+        self.lost_hosts: list[str] = []
+        self._last_end: tuple[Ended, float] | None = None
         self._last_remark = ""
         self._srun: subprocess.Popen[bytes] | None = None
 
@@ -110,10 +116,9 @@ class SrunRanks:
                 entry = self._lines.get(timeout=max(0.0, end - time.monotonic()) if not events else 0)
             except queue.Empty:
                 break
-            if entry is None:
-                events += self._silent_ends()
-                break
-            events += self._understood(*entry)
+            events += self._silent_ends() if entry is None else self._understood(*entry)
+        if self._last_end is not None and time.monotonic() > self._last_end[1]:
+            events += self._take_last_end()
         return events
 
     def signal(self, number: int) -> None:
@@ -128,7 +133,8 @@ class SrunRanks:
         """End the step, if it still lives."""
         if self._srun is None or self._srun.poll() is not None:
             return
-        self._kill()
+        if self._running:
+            self._kill()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._srun.wait(_KILL_PATIENCE_SECONDS)
             return
@@ -142,20 +148,36 @@ class SrunRanks:
                 self._started[said.rank] = said
                 self._send_waiting()
             elif isinstance(said, Remark):
-                self._remark(said.line)
-            else:
-                if isinstance(said, Ended):
-                    self._running.discard(said.rank)
+                events += self._remark(said.line)
+            elif not isinstance(said, Ended):
                 events.append(said)
+            elif said.rank in self._running:
+                self._running.discard(said.rank)
+                if self._running:
+                    events.append(said)
+                else:
+                    self._last_end = (said, time.monotonic() + _OUTPUT_PATIENCE_SECONDS)
         return events
 
-    def _remark(self, line: str) -> None:
-        if (lost := _LOST_NODE.match(line)) is not None:
-            self._lost_hosts.append(lost[1].rstrip(",."))
-        if line.strip():
-            self._last_remark = line.strip()
-            sys.stderr.write(f"{line}\n")
-            sys.stderr.flush()
+    def _take_last_end(self) -> list[Event]:
+        ended, self._last_end = self._last_end, None
+        return [ended[0]] if ended else []
+
+    def _remark(self, line: str) -> list[Event]:
+        """Show what srun says; the ranks of a host that it has lost have ended."""
+        if not line.strip():
+            return []
+        self._last_remark = line.strip()
+        sys.stderr.write(f"{line}\n")
+        sys.stderr.flush()
+        if (lost := _LOST_NODE.match(line)) is None:
+            return []
+        host = lost[1].rstrip(",.")
+        self.lost_hosts.append(host)
+        there = [rank for rank in sorted(self._running) if rank in self._started and self._started[rank].host == host]
+        self._running.difference_update(there)
+        note = f"lost its host {host}"
+        return [Ended(rank, 0, PeerLostError.exit_code, time.time(), note, host) for rank in there]
 
     def _send_waiting(self) -> None:
         # A task that is still starting has no handler yet: the signal would kill it.
@@ -177,14 +199,13 @@ class SrunRanks:
 
     def _silent_ends(self) -> list[Event]:
         now = time.time()
-        ends: list[Event] = []
+        ends = self._take_last_end()
         for rank in sorted(self._running):
             host = self._started[rank].host if rank in self._started else ""
             if rank not in self._started:
                 note = f"could not be started: {self._last_remark or 'srun said nothing'}"
-            elif host in self._lost_hosts:
-                note = f"lost its host {host}"
-            elif self._lost_hosts:
+            elif self.lost_hosts:
+                # Slurm ends what is left of the step.
                 note = ""
             else:
                 note = f"ended without a word on {host}: {self._last_remark or 'srun said nothing'}"

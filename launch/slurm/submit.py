@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from launch.slurm.job import Allocation, srun_command
 from launch.train_command import ROOT
 from trainer.errors import MissingInputError, PeerLostError, UsageError
 
@@ -24,11 +25,15 @@ class SlurmPlan:
     """sbatch, its options, the script, CONFIG and overrides."""
     environment: dict[str, str]
     """What the command is given beside the environment it is typed in."""
+    srun: list[str]
+    """How the job will start its ranks, unless slurm/site.env says more."""
 
     def lines(self) -> list[str]:
         """The plan as one would type it, and the script it submits."""
         variables = [f"{name}={shlex.quote(text)}" for name, text in self.environment.items()]
-        return [" ".join([*variables, shlex.join(self.command)]), "", f"# {SCRIPT}", *SCRIPT.read_text().splitlines()]
+        script = [f"# {SCRIPT}", *SCRIPT.read_text().splitlines()]
+        ranks = ["# which starts the ranks with", shlex.join(self.srun)]
+        return [" ".join([*variables, shlex.join(self.command)]), "", *script, "", *ranks]
 
 
 def plan_slurm(
@@ -53,7 +58,9 @@ def plan_slurm(
         str(config),
         *overrides,
     ]
-    return SlurmPlan(command, {"SFT_ROOT": str(ROOT)})
+    rank = ["PYTHON", str(ROOT / "steadfast.py"), "launch", "slurm-task", str(config), *overrides]
+    srun = srun_command(Allocation("JOB", 0, nodes, ranks_per_node, gpus_per_node), {}, rank)
+    return SlurmPlan(command, {"SFT_ROOT": str(ROOT)}, srun)
 
 
 def submit(plan: SlurmPlan) -> str:

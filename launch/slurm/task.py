@@ -3,15 +3,14 @@
 srun itself returns the highest exit code of many tasks and knows nothing of who came first; a rank that is killed can
 say nothing at all. So each rank has this process (no torch, some megabytes) as its parent.
 
-SIGUSR2 and SIGTERM ask the rank for an agreed checkpoint: Slurm sends SIGTERM to tasks when it preempts a job. SIGUSR1
-ends the rank at once; the job sends it when another rank has failed.
+SIGUSR2 and SIGTERM ask the rank for an agreed checkpoint: Slurm sends SIGTERM to a step, and there to every process,
+when it preempts a job without a warning. SIGUSR1 ends the rank at once; the job sends it when another rank has failed.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import socket
 import sys
@@ -20,51 +19,23 @@ import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from launch.contract import LAUNCHER_PID, NUMBERS, rank_environment
+from launch.contract import LAUNCHER_PID, NUMBERS, rank_environment, world_of_step
 from launch.processes import Ended, HostRanks, RankProcess, usable_cores
 from launch.slurm.srun import ENDED, STARTED
 from trainer.errors import UsageError
-from trainer.world import World
 
 # What a rank shall have unless the site says otherwise.
 DEFAULTS = {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1", "NCCL_DEBUG": "WARN"}
-_NEEDED = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_STEP_TASKS_PER_NODE")
-
-
-def task_world(environ: Mapping[str, str]) -> World:
-    """The place of this task's rank, from the variables that srun sets for each task and the job for all of them.
-
-    Raises UsageError outside of a task of srun.
-    """
-    if missing := [name for name in (*_NEEDED, "MASTER_ADDR", "MASTER_PORT") if not environ.get(name)]:
-        raise UsageError(
-            f"this is no task of a Steadfast job in Slurm: {', '.join(missing)} not set",
-            "submit one: sbatch slurm/sft.sh CONFIG",
-        )
-    return World(
-        rank=int(environ["SLURM_PROCID"]),
-        world_size=int(environ["SLURM_STEP_NUM_TASKS"]),
-        local_rank=int(environ["SLURM_LOCALID"]),
-        local_world_size=tasks_on_nodes(environ["SLURM_STEP_TASKS_PER_NODE"])[int(environ["SLURM_NODEID"])],
-        master_address=environ["MASTER_ADDR"],
-        master_port=int(environ["MASTER_PORT"]),
-    )
-
-
-def tasks_on_nodes(text: str) -> list[int]:
-    """Tasks of each node, from Slurm's short form: `2(x3),1` is 2, 2, 2, 1."""
-    counts = []
-    for part in text.split(","):
-        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
-        if match is None:
-            raise UsageError(f"cannot read tasks per node {text!r} of Slurm")
-        counts += [int(match[1])] * int(match[2] or 1)
-    return counts
 
 
 def plan_task(command: Sequence[str], environ: Mapping[str, str], *, cores: int, directory: str) -> RankProcess:
-    """What to start for this task. Pure but for the process id of the launcher: ours."""
-    world = task_world(environ)
+    """What to start for this task. Pure but for the process id of the launcher: ours.
+
+    Raises UsageError outside of a task of a Steadfast job.
+    """
+    world = world_of_step(environ)
+    if world is None:
+        raise UsageError("this is no task of a Steadfast job in Slurm", "submit one: sbatch slurm/sft.sh CONFIG")
     # srun gives every task cores of its own, where Slurm binds; where it does not, the ranks of a node share them.
     mine = int(environ.get("SLURM_CPUS_PER_TASK") or max(1, cores // world.local_world_size))
     shared = {
@@ -81,15 +52,16 @@ def plan_task(command: Sequence[str], environ: Mapping[str, str], *, cores: int,
 
 def run_task(command: Sequence[str]) -> int:
     """Run the rank of this task to its end; returns its exit code, or 128 + the signal that killed it."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-    plan = plan_task(command, os.environ, cores=usable_cores(), directory=str(Path.cwd()))
-    ranks = HostRanks([plan])
-    ranks.start()
-    _tell(STARTED, {"host": socket.gethostname(), "step": _step(os.environ)})
     arrived: list[int] = []
     for number in _SIGNALS:
         signal.signal(number, lambda number, _: arrived.append(number))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    plan = plan_task(command, os.environ, cores=usable_cores(), directory=str(Path.cwd()))
+    ranks = HostRanks([plan])
+    # The rank inherits this mask and so never sees the SIGTERM that Slurm sends to every process of a step.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    ranks.start()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    _tell(STARTED, {"host": socket.gethostname(), "step": _step(os.environ)})
     while True:
         while arrived:
             ranks.signal(_SIGNALS[signal.Signals(arrived.pop(0))])
@@ -108,7 +80,7 @@ def run_task(command: Sequence[str]) -> int:
 _SIGNALS = {
     signal.SIGUSR2: signal.SIGUSR2,
     signal.SIGTERM: signal.SIGUSR2,
-    signal.SIGUSR1: signal.SIGTERM,
+    signal.SIGUSR1: signal.SIGKILL,
 }
 
 

@@ -17,7 +17,7 @@ from tests.support.training import losses, settings
 from trainer.checkpoint.verify import committed_steps
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 300
+STEPS = 200
 START_SECONDS = 240
 """Most seconds from the submission to the first commit, on a machine that has other things to do."""
 
@@ -37,11 +37,15 @@ class Run:
         self.job = ""
 
     def submit(self, *options: str, script: tuple[str, ...] = (), **environ: str) -> str:
-        """Submit slurm/sft.sh as a user would, for one CPU rank a node; `script` follows the configuration."""
+        """Submit slurm/sft.sh as a user would, for one CPU rank a node; `script` follows the configuration.
+
+        Without the preflight, unless SFT_PREFLIGHT says otherwise: one drill has it.
+        """
         self.job = self.slurm.sbatch(
             "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", f"--output={self.place}/%x-%j.out", *options,
             str(ROOT / "slurm" / "sft.sh"), str(self.config), *script,
-            environ={"SFT_PYTHON": sys.executable, "SFT_ROOT": str(ROOT), "OMP_NUM_THREADS": "1"} | environ,
+            environ={"SFT_PYTHON": sys.executable, "SFT_ROOT": str(ROOT), "OMP_NUM_THREADS": "1", "SFT_PREFLIGHT": "0"}
+            | environ,
             cwd=self.place,
         )  # fmt: skip
         return self.job

@@ -32,12 +32,12 @@ def finished(run: Run) -> dict[str, str]:
 
 def test_a_fresh_run(slurm: SlurmCluster, runs: Runs, note: Note) -> None:
     run = runs.new("fresh")
-    run.submit()
+    run.submit(SFT_PREFLIGHT="1")
     run.wait_for_step(20)
-    note("2 nodes, ZeRO-2; step 20 committed")
+    note("2 nodes, ZeRO-2, with preflight; step 20 committed")
     finished(run)
     assert losses(run.path) == runs.expected()
-    note("300 steps; every loss equal to the local run")
+    note("all steps; every loss equal to the local run")
 
 
 def test_a_warning_saves_and_requeues(slurm: SlurmCluster, runs: Runs, note: Note) -> None:
@@ -70,6 +70,36 @@ def test_a_job_with_priority_takes_the_nodes(slurm: SlurmCluster, runs: Runs, no
     assert [event["step"] for event in run.events("resume")] == [stopped["step"]]
     assert losses(run.path) == runs.expected()
     note(f"saved at step {stopped['step']}, resumed there; every loss equal")
+
+
+def test_a_preemption_without_a_warning_saves_too(slurm: SlurmCluster, runs: Runs, note: Note) -> None:
+    """Where Slurm does not warn the batch step, it sends SIGTERM to every process of the step."""
+    run = runs.new("terminated")
+    job = run.submit()
+    run.wait_for_step(40)
+    slurm.run("scancel", "--signal=TERM", job)
+    run.wait_for("PENDING", "FAILED")
+    (stopped,) = run.events("stop")
+    assert finished(run)["Restarts"] == "1"
+    assert [event["step"] for event in run.events("resume")] == [stopped["step"]]
+    assert losses(run.path) == runs.expected()
+    note(f"saved at step {stopped['step']}, resumed there; every loss equal")
+
+
+def test_what_is_too_slow_to_save_is_requeued_before_the_time_limit(
+    slurm: SlurmCluster, runs: Runs, note: Note
+) -> None:
+    """A rank that stands still is one that saves too slowly: Slurm would end the job for good at its limit."""
+    run = runs.new("late")
+    job = run.submit("--time=2", "--signal=B:USR2@60")
+    until(lambda: 1 in rank_processes(run), f"rank 1 lives:\n{run.output()}", 60)
+    os.kill(rank_processes(run)[1], signal.SIGSTOP)
+    run.wait_for("PENDING", "TIMEOUT", "FAILED", seconds=120)
+    (end,) = run.events("end")
+    assert (end["asked_by"], end["decision"]) == ("scheduler", "requeue"), run.output()
+    assert "the time limit is near" in end["blamed"]
+    slurm.run("scancel", job)
+    note("killed half a minute before the limit, requeued")
 
 
 def test_a_killed_rank_is_named_and_the_job_requeued(slurm: SlurmCluster, runs: Runs, note: Note) -> None:
@@ -135,10 +165,8 @@ def test_three_crashes_at_one_place_are_enough(slurm: SlurmCluster, runs: Runs, 
     run = runs.new("hopeless")
     job = run.submit()
     for restart in range(3):
-        until(lambda: 1 in rank_processes(run), "rank 1 lives", 120)
-        # So that the same process is not met again.
-        pid = rank_processes(run)[1]
-        os.kill(pid, signal.SIGKILL)
+        until(lambda: 1 in rank_processes(run), f"rank 1 lives:\n{run.output()}", 120)
+        os.kill(rank_processes(run)[1], signal.SIGKILL)
         until(lambda: len(run.events("end")) > restart, f"attempt {restart} has ended:\n{run.output()}", 120)  # noqa: B023
     known = slurm.wait_for(job, ["FAILED"], 60)
     assert known["ExitCode"] == "69:0"

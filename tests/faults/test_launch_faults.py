@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -28,12 +30,16 @@ sys.exit(launch_local(command, processes=ranks, environ=os.environ, run_dir=Path
                       grace_seconds=float(grace)).code)
 """
 RAY = """
-import sys
+import os, sys
 from pathlib import Path
-from launch.ray import launch_ray
-command, ranks, run_dir = [sys.executable, sys.argv[1], sys.argv[2]], int(sys.argv[3]), sys.argv[4]
-sys.exit(launch_ray(
-    command, nodes=1, ranks_per_node=ranks, gpus_per_node=0, address=None, run_dir=Path(run_dir)))
+from launch.ray import hosts
+from launch.ray.run import run_ray
+from tests.support.training import settings
+from trainer.config.schema import Config
+hosts.ANSWER_SECONDS = float(os.environ.get("ANSWER_SECONDS", hosts.ANSWER_SECONDS))
+config = Config.model_validate(settings(Path(sys.argv[4]), Path("store")))
+sys.exit(run_ray([sys.executable, sys.argv[1], sys.argv[2]], config, nodes=1, ranks_per_node=int(sys.argv[3]),
+                 gpus_per_node=0, address=None))
 """
 
 
@@ -307,3 +313,44 @@ def test_ray_runs_the_same_ranks_and_forwards_a_stop(start: Callable[..., Launch
     assert code == 75, text
     assert "[rank 0] asked by SIGUSR2" in text
     assert "[rank 1] asked by SIGUSR2" in text
+
+
+@pytest.mark.timeout(180)
+def test_ray_starts_again_twice_from_the_same_checkpoint(start: Callable[..., Launcher], tmp_path: Path) -> None:
+    launcher = start({"0": [["sleep", 600]], "1": [["error", "cannot go on"], ["kill", "SIGSEGV"]]}, code=RAY)
+    code, text = launcher.end(150)
+    assert code == 69, text
+    assert text.count("attempt ") == 3
+    named = [line for line in text.splitlines() if line.startswith(f"error: rank 1 of 2 on {socket.gethostname()} was")]
+    assert len(named) == 3, text
+    assert all("killed by SIGSEGV (pid " in line and ": cannot go on; " in line for line in named)
+    assert text.splitlines()[-1] == "giving up: crashed 3 times at the beginning"
+    events = [json.loads(line) for line in (tmp_path / "run0" / "events.jsonl").read_text().splitlines()]
+    assert [event.get("decision", "") for event in events] == ["", "requeue", "", "requeue", "", "giveup"]
+
+
+@pytest.mark.timeout(180)
+def test_a_ray_host_that_is_stuck_is_replaced_and_its_ranks_end(start: Callable[..., Launcher], tmp_path: Path) -> None:
+    launcher = start({"*": [["stop", str(tmp_path / "run0/stopped.json")]]}, code=RAY, ANSWER_SECONDS="4")
+    launcher.wait_for("[rank 0] ready", "[rank 1] ready", seconds=120)
+    first = fake_ranks(tmp_path)
+    (host,) = {int(Path(f"/proc/{rank}/stat").read_text().rpartition(")")[2].split()[1]) for rank in first}
+    os.kill(host, signal.SIGSTOP)
+    launcher.wait_for("lost its host", "starting again: lost a rank; restart 1 of at most 2", "attempt 2: ", seconds=90)
+    until(lambda: launcher.text().count("] ready") == 4, "the second attempt runs", 90)
+    until(lambda: not first & fake_ranks(tmp_path), "the ranks of the first attempt are gone", 30)
+    launcher.process.send_signal(signal.SIGTERM)
+    code, text = launcher.end(60)
+    assert code == 75, text
+
+
+def fake_ranks(place: Path) -> set[int]:
+    """Process ids of living fake ranks whose plan names `place`."""
+    found = set()
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit() and f'"{place}'.encode() in (entry / "cmdline").read_bytes():
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+                if words[1].endswith(FAKE.name.encode()):
+                    found.add(int(entry.name))
+    return found

@@ -5,6 +5,7 @@ Like srun it knows --ntasks, and takes the first word that is no option for the 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -12,6 +13,15 @@ import sys
 import threading
 from pathlib import Path
 from typing import IO
+
+
+def family(pid: int) -> list[int]:
+    """The process and its descendants: Slurm signals all of them."""
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return []
+    return [pid, *(member for child in children for member in family(int(child)))]
 
 
 def main() -> int:
@@ -34,7 +44,9 @@ def main() -> int:
 
     def forward(number: int, _: object) -> None:
         for process in processes:
-            process.send_signal(number)
+            for pid in family(process.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
 
     for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
         signal.signal(number, forward)

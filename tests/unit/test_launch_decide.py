@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -191,6 +192,16 @@ def test_nothing_is_written_into_a_directory_in_use(tmp_path: Path) -> None:
         assert not run.events.exists()
     record_launch(run, "7")
     assert run.events.exists()
+
+
+def test_the_end_is_noted_although_a_killed_rank_still_holds_its_lock(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    lock = run.lock()
+    timer = threading.Timer(0.5, lock.close)
+    timer.start()
+    record_end(run, "7", Attempt(69, 0), "", Requeue("why"))
+    timer.join()
+    assert earlier_attempts(run, "7") == [Attempt(69, 0)]
 
 
 def test_local_restarts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from launch import command, places
-from launch.contract import VARIABLES, resolve
+from launch.contract import VARIABLES, resolve, world_of_step
 from launch.processes import Ended, Output
 from launch.slurm import task
 from launch.slurm.job import (
@@ -31,8 +31,9 @@ from launch.slurm.job import (
 )
 from launch.slurm.srun import ENDED, STARTED, Remark, SrunRanks, Started, read_line
 from launch.slurm.submit import SCRIPT, plan_slurm
-from launch.slurm.task import plan_task, task_world, tasks_on_nodes
+from launch.slurm.task import plan_task
 from launch.supervise import TIME_LIMIT, Ending, supervise
+from tests.support.fake_srun import family
 from trainer.cli import parse
 from trainer.errors import UsageError
 from trainer.run_directory import RunDirectory
@@ -50,31 +51,25 @@ JOB = {"SLURM_JOB_ID": "1000", "SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS_PER_NOD
 
 
 def test_a_task_knows_its_place() -> None:
-    world = task_world(TASK)
+    world = world_of_step(TASK)
+    assert world is not None
     assert (world.rank, world.world_size, world.local_rank, world.local_world_size) == (5, 7, 1, 2)
     assert (world.master_address, world.master_port) == ("node1", 20007)
-    assert task_world(TASK | {"SLURM_PROCID": "6", "SLURM_LOCALID": "0", "SLURM_NODEID": "3"}).local_world_size == 1
+    last = world_of_step(TASK | {"SLURM_PROCID": "6", "SLURM_LOCALID": "0", "SLURM_NODEID": "3"})
+    assert last is not None
+    assert last.local_world_size == 1
 
 
-@pytest.mark.parametrize("missing", TASK.keys() - {"SLURM_JOB_ID", "SLURM_STEP_ID"})
-def test_outside_of_a_task_the_missing_variable_is_named(missing: str) -> None:
-    with pytest.raises(UsageError, match=missing):
-        task_world({name: text for name, text in TASK.items() if name != missing})
-
-
-def test_tasks_of_nodes() -> None:
-    assert tasks_on_nodes("8(x2)") == [8, 8]
-    assert tasks_on_nodes("1") == [1]
-    assert tasks_on_nodes("2(x3),1,4(x2)") == [2, 2, 2, 1, 4, 4]
-    with pytest.raises(UsageError):
-        tasks_on_nodes("many")
+def test_outside_of_a_task_no_rank_is_started() -> None:
+    with pytest.raises(UsageError, match=r"sbatch slurm/sft\.sh"):
+        plan_task(["train"], {"MASTER_ADDR": "node1", "MASTER_PORT": "1"}, cores=1, directory="/")
 
 
 def test_a_rank_gets_six_variables_and_a_compiler_cache_of_its_node() -> None:
     half_set = {"RANK": "0", "WORLD_SIZE": "99"}
     plan = plan_task(["train"], TASK | half_set | {"NCCL_DEBUG": "INFO"}, cores=8, directory="/d")
     world = resolve(plan.environment)
-    assert world == task_world(TASK)
+    assert world == world_of_step(TASK)
     assert set(VARIABLES) <= plan.environment.keys()
     assert plan.environment["NCCL_DEBUG"] == "INFO"
     assert plan.environment["OMP_NUM_THREADS"] == "4"
@@ -132,6 +127,8 @@ def test_who_asked_for_a_stop() -> None:
     assert asked_by(Ending(69), False) == "nobody"
     # Slurm has signalled the tasks alone.
     assert asked_by(Ending(75), True) == "scheduler"
+    # Slurm ends a job that has lost a host, and requeues it by itself.
+    assert asked_by(Ending(69, "SIGTERM"), False, ["node2"]) == "scheduler"
 
 
 def test_lines_of_srun() -> None:
@@ -161,6 +158,8 @@ def test_the_plan_of_a_submission_is_the_command_and_the_script(
         "sbatch", "--job-name=mine", "--nodes=2", "--ntasks-per-node=8", "--gpus-per-node=8", "--partition=gpu",
         str(SCRIPT), "c.yaml", "run.seed=1",
     ]  # fmt: skip
+    assert plan.srun[:3] == ["srun", "--nodes=2", "--ntasks=16"]
+    assert plan.srun[-3:] == ["slurm-task", "c.yaml", "run.seed=1"]
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", "")
@@ -226,7 +225,8 @@ class StandIn:
         tools.mkdir()
         (tools / "srun").write_text(f'#!/bin/sh\nexec "{sys.executable}" "{FAKE_SRUN}" "$@"\n')
         # What scancel kills is written down by the stand-in of srun.
-        (tools / "scancel").write_text(f'#!/bin/sh\nxargs kill -9 < "{tmp_path}/tasks"\n')
+        (tools / "scancel").write_text(f'#!/bin/sh\ntouch "{tmp_path}/killed"; xargs kill -9 < "{tmp_path}/tasks"\n')
+        self.killed = tmp_path / "killed"
         for tool in tools.iterdir():
             tool.chmod(0o755)
         monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
@@ -270,6 +270,12 @@ def test_a_refusal_keeps_its_code_although_peers_die_with_higher_ones(job: Stand
     assert ending.blamed.endswith("rows.jsonl:7: bad")
 
 
+def test_peers_of_a_dead_rank_end_although_they_ignore_sigterm(job: StandIn) -> None:
+    ending = job.supervise({"0": [["sleep", 60]], "1": [["sleep", 1.0], ["exit", 65]]}, ranks=2)
+    assert ending.code == 65
+    assert not job.killed.exists()
+
+
 @pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
 def test_a_request_reaches_every_rank_even_while_it_starts(job: StandIn, number: signal.Signals) -> None:
     timer = threading.Timer(0.05, lambda: os.kill(os.getpid(), number))
@@ -277,6 +283,25 @@ def test_a_request_reaches_every_rank_even_while_it_starts(job: StandIn, number:
     ending = job.supervise({"*": [["stop", str(job.run / "stopped.json")]]})
     timer.join()
     assert ending == Ending(75, number.name)
+
+
+def test_sigterm_to_the_tasks_alone_is_a_wish_and_kills_nobody(job: StandIn) -> None:
+    """So Slurm preempts a job in a partition that sends no warning: SIGTERM to the tasks and the ranks."""
+
+    def preempt() -> None:
+        until = time.monotonic() + 20
+        while not (job.run.parent / "tasks").exists() and time.monotonic() < until:
+            time.sleep(0.05)
+        time.sleep(1.5)
+        for pid_of_task in (job.run.parent / "tasks").read_text().split():
+            for pid in family(int(pid_of_task)):
+                os.kill(pid, signal.SIGTERM)
+
+    thread = threading.Thread(target=preempt)
+    thread.start()
+    ending = job.supervise({"*": [["stop", str(job.run / "stopped.json")]]})
+    thread.join()
+    assert ending == Ending(75)
 
 
 def test_ranks_that_hear_nothing_are_killed_at_the_deadline(job: StandIn) -> None:
@@ -299,6 +324,7 @@ def test_a_lost_host_is_blamed_before_the_ranks_that_were_ended_with_it(job: Sta
     lines = [
         f'0: {STARTED}{{"host": "node1", "step": "7.0"}}',
         f'1: {STARTED}{{"host": "node2", "step": "7.0"}}',
+        f'0: {ENDED}{{"pid": 7, "status": -15, "when": 1.5, "host": "node1"}}',
         "srun: error: Node failure on node2",
         "srun: error: node1: task 0: Killed",
     ]
