@@ -5,9 +5,11 @@
         fetch all micro-batches of the step and count their supervised tokens
         forward and backward each; step
         observe
+        hear which saves have ended
         evaluate, when due              (before saving: the checkpoint knows the result)
         stop, when all ranks agree      (before saving: the last checkpoint is the stopping point)
-        save, when due, last or stopping
+        begin to save, when due         (it is written while training goes on)
+        save and wait, when last or stopping
 
 Every branch depends on values that are equal on all ranks, so the ranks never part ways.
 """
@@ -25,7 +27,7 @@ from trainer import collectives
 from trainer.data.feed import Feed, StepBatch
 from trainer.engine.protocol import Engine
 from trainer.errors import DivergedError
-from trainer.state import StepResult, TrainState
+from trainer.state import SaveReport, StepResult, TrainState
 
 
 class Observer(Protocol):
@@ -37,11 +39,28 @@ class Observer(Protocol):
     def on_evaluate(self, state: TrainState, metrics: dict[str, float]) -> None:
         """After every evaluation."""
 
-    def on_save(self, state: TrainState, path: str, seconds: float) -> None:
-        """After a checkpoint was committed."""
+    def on_save(self, state: TrainState, report: SaveReport) -> None:
+        """After a save ended, well or not; `state` is where training is by then."""
 
     def close(self) -> None:
         """At the end, whatever the reason."""
+
+
+class Saver(Protocol):
+    """Saves checkpoints; every rank has one and calls it in step with the others."""
+
+    @property
+    def vote(self) -> float:
+        """This rank's share of the sum that `settle` gets."""
+
+    def settle(self, votes: float) -> list[SaveReport]:
+        """At a step boundary: which saves have ended."""
+
+    def begin(self, state: TrainState, metrics: dict[str, float]) -> list[SaveReport]:
+        """Start saving; `metrics` are those of an evaluation at this very step."""
+
+    def finish(self, state: TrainState, metrics: dict[str, float]) -> list[SaveReport]:
+        """Save and wait until it is committed."""
 
 
 class StopFlag(Protocol):
@@ -71,7 +90,7 @@ class Loop:
     evaluate_every: int
     save_every: int
     evaluate: Callable[[TrainState], dict[str, float]] | None
-    save: Callable[[TrainState], str]
+    saver: Saver
     observers: Sequence[Observer]
     stop: StopFlag
 
@@ -86,11 +105,12 @@ def fit(loop: Loop, state: TrainState) -> tuple[TrainState, bool]:
         started = time.monotonic()
         batch = loop.feed.next_step()
         waited = time.monotonic() - started
-        result = train_step(loop.engine, batch, loop.stop)
+        result = train_step(loop.engine, batch, loop.stop, loop.saver.vote)
         state = state.after(result)
         seconds = StepSeconds(time.monotonic() - started, waited)
         for observer in loop.observers:
             observer.on_step(state, batch, result, seconds)
+        _tell(loop, state, loop.saver.settle(result.save_votes))
         if state.skipped_in_a_row >= loop.max_skipped_steps:
             raise DivergedError(
                 f"{state.skipped_in_a_row} steps in a row had a non-finite gradient, the last was step {state.step}",
@@ -98,19 +118,25 @@ def fit(loop: Loop, state: TrainState) -> tuple[TrainState, bool]:
             )
         last = state.step == loop.max_steps
         stopping = result.stop_asked and not last
+        metrics: dict[str, float] = {}
         if loop.evaluate is not None and (last or state.step % loop.evaluate_every == 0):
             metrics = loop.evaluate(state)
             for observer in loop.observers:
                 observer.on_evaluate(state, metrics)
-        if last or stopping or state.step % loop.save_every == 0:
-            began = time.monotonic()
-            path = loop.save(state)
-            for observer in loop.observers:
-                observer.on_save(state, path, time.monotonic() - began)
+        if last or stopping:
+            _tell(loop, state, loop.saver.finish(state, metrics))
+        elif state.step % loop.save_every == 0:
+            _tell(loop, state, loop.saver.begin(state, metrics))
     return state, stopping
 
 
-def train_step(engine: Engine, batch: StepBatch, stop: StopFlag) -> StepResult:
+def _tell(loop: Loop, state: TrainState, reports: Sequence[SaveReport]) -> None:
+    for report in reports:
+        for observer in loop.observers:
+            observer.on_save(state, report)
+
+
+def train_step(engine: Engine, batch: StepBatch, stop: StopFlag, save_vote: float) -> StepResult:
     """One optimizer step over the global batch. All ranks call it with their share of the same batch.
 
     The divisor is the number of supervised tokens of the whole step, known before the first forward, so any split into
@@ -125,7 +151,7 @@ def train_step(engine: Engine, batch: StepBatch, stop: StopFlag) -> StepResult:
     gradient_norm, applied = engine.step()
     # Read back only now: asking for a number earlier would make a GPU wait between micro-batches.
     summed = float(torch.stack(losses).double().sum())
-    total, asked = collectives.add_up([summed, 1.0 if stop.requested else 0.0])
+    total, asked, votes = collectives.add_up([summed, 1.0 if stop.requested else 0.0, save_vote])
     return StepResult(
         loss=total / batch.supervised_tokens,
         gradient_norm=gradient_norm,
@@ -134,4 +160,5 @@ def train_step(engine: Engine, batch: StepBatch, stop: StopFlag) -> StepResult:
         tokens=batch.tokens,
         applied=applied,
         stop_asked=asked > 0,
+        save_votes=votes,
     )
