@@ -29,10 +29,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "prove": ("tools.prove", "are two runs equal, step by step; if not, where and why they part"),
     "drill": ("tools.drill", "run a small job under random faults and show that nothing is lost"),
     "blame": ("tools.blame", "which documents made a step, and which of them hurt"),
+    "checkpoint": ("tools.checkpoint", "list, verify, prune, pin and import checkpoints"),
     "export": ("tools.export", "turn a checkpoint into a safetensors model and prove it"),
     "quantize": ("tools.quantize", "make a smaller model and say what it lost"),
     "eval": ("tools.eval", "exact match of a model's answers on held-out prompts"),
-    "bench": ("tools.bench", "measure the data path beside other tools"),
+    "bench": ("tools.bench", "measure the data path beside other tools, and what checkpoints cost"),
     "serve": ("tools.serve", "serve a model over an OpenAI-compatible HTTP interface"),
 }
 

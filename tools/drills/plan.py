@@ -16,7 +16,7 @@ to nobody: an attempt that is asked to stop in the last step of its stretch may 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -33,6 +33,11 @@ PHASES: dict[Place, tuple[str, ...]] = {
     "mid-save": ("save", "save:write"),
     "commit": ("save:commit",),
 }
+BACKGROUND_PHASES: dict[Place, tuple[str, ...]] = PHASES | {
+    "mid-save": ("save",),
+    "commit": ("save:snapshot",),
+}
+"""Where checkpoints are written in the background, by a process of its own."""
 FAULTS_A_ROUND = 5
 SAVE_EVERY = 2
 STRETCH = 4
@@ -80,6 +85,8 @@ class Round:
     """One run and the faults that strike it, in order; those of a `nan` round all strike the same attempt."""
 
     strikes: tuple[Strike, ...]
+    background: bool
+    """Whether checkpoints are written in the background."""
 
     @property
     def poisoned(self) -> bool:
@@ -104,7 +111,10 @@ def plan_drill(kinds: Sequence[Kind], count: int, seed: int, ranks: int, *, smal
     chance = random.Random(seed)
     order = [kinds[index % len(kinds)] for index in range(count)]
     chance.shuffle(order)
-    return [_round(part, chance, ranks, small_disk=small_disk) for part in _rounds(order)]
+    return [
+        _round(part, chance, ranks, small_disk=small_disk, background=number % 2 == 1)
+        for number, part in enumerate(_rounds(order))
+    ]
 
 
 def _rounds(order: Sequence[Kind]) -> list[list[Kind]]:
@@ -144,9 +154,9 @@ def _strike(kind: Kind, number: int, chance: random.Random, ranks: int, *, small
         fault = fail_at(rank, "save:write", step, "enospc", number)
         return Strike(kind, f"rank {rank}", "save:write", step, False, (fault,))
     # A checkpoint to damage must have been written by this very round.
-    places = [place for place in PHASES if not (kind == "flip" and place == "load" and number == 1)]
+    places = [place for place in phases if not (kind == "flip" and place == "load" and number == 1)]
     place = chance.choice(places)
-    phase = chance.choice(PHASES[place])
+    phase = chance.choice(phases[place])
     if place == "load":
         step = 0
     elif place == "step":

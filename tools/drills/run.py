@@ -96,14 +96,16 @@ def carry_out(job: Job, rounds: Sequence[Round], seed: int, say: Say) -> Iterato
     say(f"left alone: {job.steps} steps on {job.ranks} ranks, weights {weights_hash(alone)[:16]}")
     for number, each in enumerate(rounds, start=1):
         run = job.run(f"round-{number}")
+        at_once = (f"checkpoint.asynchronous={str(each.background).lower()}", *job.overrides)
+        struck = replace(job, overrides=at_once)
         if each.poisoned:
             # Which rank had the NaN makes no difference: the step is skipped on all of them.
             elsewhere = [
                 replace(fault, rank=(fault.rank + 1) % job.ranks) for strike in each.strikes for fault in strike.faults
             ]
-            yield from _poisoned(job, number, each, run, _left_alone(job, f"poisoned-alone-{number}", elsewhere))
+            yield from _poisoned(struck, number, each, run, _left_alone(job, f"poisoned-alone-{number}", elsewhere))
         else:
-            yield from _struck(job, number, each, run, alone, seed)
+            yield from _struck(struck, number, each, run, alone, seed)
 
 
 def weights_hash(run: RunDirectory) -> str:

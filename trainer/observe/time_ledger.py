@@ -19,7 +19,7 @@ from trainer.observe.clock import process_began
 from trainer.observe.goodput import CLASSES, Table, account, advice, timeline
 from trainer.observe.ledger import JsonLines, read_lines
 from trainer.run_directory import RunDirectory
-from trainer.state import StepResult, TrainState
+from trainer.state import SaveReport, StepResult, TrainState
 
 # The phases of the loop (trainer.loop.OnPhase) as classes of time; those of a save all are "checkpoint".
 _CLASSES = {
@@ -137,7 +137,7 @@ class TimeLedger:
     def on_evaluate(self, state: TrainState, metrics: dict[str, float]) -> None:
         """An evaluation is written as it begins."""
 
-    def on_save(self, state: TrainState, path: str, seconds: float) -> None:
+    def on_save(self, state: TrainState, report: SaveReport) -> None:
         """Make the lines as durable as the checkpoint."""
         if self._lines is not None:
             self._lines.sync()
