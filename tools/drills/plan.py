@@ -133,13 +133,26 @@ def _rounds(order: Sequence[Kind]) -> list[list[Kind]]:
     return rounds
 
 
-def _round(kinds: Sequence[Kind], chance: random.Random, ranks: int, *, small_disk: bool) -> Round:
-    return Round(
-        tuple(_strike(kind, number, chance, ranks, small_disk=small_disk) for number, kind in enumerate(kinds, start=1))
+def _round(kinds: Sequence[Kind], chance: random.Random, ranks: int, *, small_disk: bool, background: bool) -> Round:
+    # An injected error needs the write to happen in the rank itself.
+    background = background and (small_disk or "enospc" not in kinds)
+    phases = BACKGROUND_PHASES if background else PHASES
+    strikes = (
+        _strike(kind, number, chance, ranks, phases, small_disk=small_disk)
+        for number, kind in enumerate(kinds, start=1)
     )
+    return Round(tuple(strikes), background)
 
 
-def _strike(kind: Kind, number: int, chance: random.Random, ranks: int, *, small_disk: bool) -> Strike:
+def _strike(
+    kind: Kind,
+    number: int,
+    chance: random.Random,
+    ranks: int,
+    phases: Mapping[Place, Sequence[str]],
+    *,
+    small_disk: bool,
+) -> Strike:
     steps = range(STRETCH * number + 2, STRETCH * (number + 1) + 1)
     rank = chance.randrange(ranks)
     # A fault fires once in the life of a run: two of a round must not be equal, so their number is in their seconds.
