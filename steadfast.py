@@ -25,11 +25,12 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "launch": ("launch.command", "start a training run here, with Slurm or on Ray; status, logs, stop"),
     "doctor": ("launch.doctor", "is this machine fit to train?"),
     "preflight": ("launch.preflight.command", "are all hosts of a run fit to train it? Run before a long job"),
+    "checkpoint": ("tools.checkpoint", "list, verify, prune, pin and import checkpoints"),
     "blame": ("tools.blame", "which documents made a step, and which of them hurt"),
     "export": ("tools.export", "turn a checkpoint into a safetensors model and prove it"),
     "quantize": ("tools.quantize", "make a smaller model and say what it lost"),
     "eval": ("tools.eval", "exact match of a model's answers on held-out prompts"),
-    "bench": ("tools.bench", "measure the data path beside other tools"),
+    "bench": ("tools.bench", "measure the data path beside other tools, and what checkpoints cost"),
     "serve": ("tools.serve", "serve a model over an OpenAI-compatible HTTP interface"),
 }
 

@@ -47,6 +47,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser)
     parser.add_argument("--nproc", type=int, metavar="N", help="ranks to start on this machine (1 when not given)")
     add_resume_argument(parser)
+    parser.add_argument(
+        "--strict", action="store_true", help="a damaged newest checkpoint is an error (checkpoint.strict=true)"
+    )
     add_restart_argument(parser)
 
 
@@ -54,6 +57,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Be one rank when a launcher started us, else start ranks on this machine; returns the exit code."""
     world = resolve(os.environ)
     allow_changes = check_allowed(arguments.allow_change)
+    if arguments.strict:
+        arguments.overrides.append("checkpoint.strict=true")
     if world is None:
         processes = 1 if arguments.nproc is None else arguments.nproc
         require_gpus("--nproc", processes, os.environ)

@@ -44,6 +44,14 @@ def two_ranks() -> Iterator[RankPool]:
 
 
 @pytest.fixture(scope="session")
+def four_ranks() -> Iterator[RankPool]:
+    """Four warm ranks, of which cases may use fewer (see tests.support.training.train_among)."""
+    pool = RankPool(4)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
 def store(tmp_path_factory):
     """A token store with rows of 384 tokens: 90 short conversations, and four long ones that are cut into windows."""
     rows = alpaca_rows(90, longest=4) + alpaca_rows(4, seed=1, longest=120)

@@ -6,6 +6,7 @@ the memory an export needs is that of its largest tensor.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -19,11 +20,12 @@ from typing import Any
 import numpy as np
 
 from trainer.durable import sha256_of_file, sync_directory, sync_file, write_errors, write_file
-from trainer.errors import CannotWriteError, DataError, UsageError
+from trainer.errors import CannotWriteError, DataError, MissingInputError, UsageError
 from trainer.tensor_file import DTYPE_BYTES, TensorFileWriter
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_FORMAT = 1
+SELF_HASH = "sha256_of_body"
 SPARE_BYTES = 64 << 20
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -159,8 +161,38 @@ def describe(path: Path) -> Entry:
 def write_manifest(directory: Path, entries: Mapping[str, Entry], about: Mapping[str, Any]) -> None:
     """Write `manifest.json`: `about` (what the artefact is and comes from) and every file with size and sha256."""
     files = {name: {"bytes": entry.bytes, "sha256": entry.sha256} for name, entry in sorted(entries.items())}
-    body = {"format": MANIFEST_FORMAT, **about, "files": files}
-    write_file(directory / MANIFEST_NAME, json.dumps(body, indent=2, ensure_ascii=False) + "\n")
+    write_file(directory / MANIFEST_NAME, _manifest_text({"format": MANIFEST_FORMAT, **about, "files": files}))
+
+
+def verify_artefact(directory: Path) -> None:
+    """Check every byte of an artefact: its manifest, sizes, sha256 of all files, and that nothing else lies there.
+
+    Raises DataError naming the file that is wrong, MissingInputError when the directory has no manifest.
+    """
+    path = directory / MANIFEST_NAME
+    if not path.is_file():
+        raise MissingInputError(f"{directory} has no {MANIFEST_NAME}", "only exported and quantized models have one")
+    check_sizes(directory)
+    text = path.read_bytes()
+    body = json.loads(text)
+    if _manifest_text({key: value for key, value in body.items() if key != SELF_HASH}).encode() != text:
+        raise DataError(f"{path} is not as it was written", "export or quantize the model again")
+    files = body["files"]
+    for file in sorted(directory.rglob("*")):
+        if file.is_dir() and not file.is_symlink():
+            continue
+        name = str(file.relative_to(directory))
+        if name != MANIFEST_NAME and name not in files:
+            raise DataError(f"{file} does not belong to the model", "remove it")
+        if name != MANIFEST_NAME and sha256_of_file(file) != files[name]["sha256"]:
+            raise DataError(f"{file} does not match its sha256", "export or quantize the model again, or copy it again")
+
+
+def _manifest_text(body: Mapping[str, Any]) -> str:
+    """JSON with the sha256 of everything before it."""
+    text = json.dumps(body, indent=2, ensure_ascii=False)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return json.dumps({**body, SELF_HASH: digest}, indent=2, ensure_ascii=False) + "\n"
 
 
 def check_sizes(directory: Path) -> None:

@@ -1,8 +1,9 @@
-"""Measure Steadfast's data path beside other tools, on this machine, in one run.
+"""Measure Steadfast on this machine: its data path beside other tools, and what a checkpoint costs training.
 
     steadfast bench data                        all sections: about fifteen minutes on two cores
     steadfast bench data --quick                small sizes: shows that everything runs; the figures mean little
     steadfast bench data --corpus my.jsonl      tokenise your own conversations
+    steadfast bench checkpoint                  time that training stands still: in the background and on the spot
 
 Sections: tokenise, read, start, pack, prepare. Figures are CPU seconds of processes that take turns, so the *ratios*
 hold on a busy machine too; the best round counts. Data is made from a seed. Tools to compare with are not installed
@@ -50,37 +51,54 @@ QUICK = Sizes(120, 8_000, 256, 1024, (10_000, 1_000_000, 1_000_000_000), 4000, (
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Declare `steadfast bench data`."""
+    """Declare `steadfast bench data` and `steadfast bench checkpoint`."""
     commands = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     data = commands.add_parser("data", help="the data path: tokenise, read, start, pack, prepare")
     data.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="what to measure")
     data.add_argument("--corpus", nargs="+", type=Path, metavar="PATH", help="your own conversations, for tokenise")
     data.add_argument("--rounds", type=int, metavar="N", help="rounds, of which the best counts (default: 3)")
     data.add_argument("--quick", action="store_true", help="small sizes, one round")
-    data.add_argument("--seed", type=int, default=0, metavar="S", help="of the made data")
-    data.add_argument("--work", type=Path, metavar="DIR", help="new directory for its files, kept (default: temporary)")
-    data.add_argument("--json", action="store_true", help="print the measurements as JSON")
+    checkpoint = commands.add_parser("checkpoint", help="how long training stands still for a checkpoint")
+    checkpoint.add_argument(
+        "--models", nargs="+", choices=("demo", "300m"), default=["demo", "300m"], help="300m takes 16 GB of memory"
+    )
+    checkpoint.add_argument("--rounds", type=int, metavar="N", help="runs of each kind (default: 1)")
+    checkpoint.add_argument("--quick", action="store_true", help="a tiny model: shows that everything runs")
+    for action in (data, checkpoint):
+        action.add_argument("--seed", type=int, default=0, metavar="S", help="of the made data")
+        action.add_argument(
+            "--work", type=Path, metavar="DIR", help="new directory for its files, kept (default: temporary)"
+        )
+        action.add_argument("--json", action="store_true", help="print the measurements as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure and print."""
     if arguments.rounds is not None and arguments.rounds < 1:
         raise UsageError(f"--rounds {arguments.rounds} is too few", "give 1 or more")
-    corpus = [path.resolve() for path in arguments.corpus or ()]
+    checkpoint = arguments.action == "checkpoint"
+    corpus = [path.resolve() for path in (not checkpoint and arguments.corpus) or ()]
     for path in corpus:
         if not path.exists():
             raise MissingInputError(f"there is no {path}", "give files of conversations with --corpus")
     if arguments.work is not None and arguments.work.exists():
         raise UsageError(f"{arguments.work} exists", "give a new directory with --work")
     sizes = QUICK if arguments.quick else FULL
-    rounds = arguments.rounds or sizes.rounds
+    rounds = arguments.rounds or (1 if checkpoint else sizes.rounds)
     with tempfile.TemporaryDirectory(prefix="steadfast-bench-") as temporary:
         work = Path(temporary) if arguments.work is None else arguments.work.resolve()
         work.mkdir(parents=True, exist_ok=True)
-        lines = measure(arguments.sections, sizes, rounds, work, corpus, arguments.seed, _say)
+        if checkpoint:
+            from tools.benchmarks import checkpoint as saves
+
+            models = ["quick"] if arguments.quick else arguments.models
+            lines = saves.run(work, models, rounds, arguments.seed, _say)
+        else:
+            lines = measure(arguments.sections, sizes, rounds, work, corpus, arguments.seed, _say)
     about = {"cores": os.cpu_count(), "python": platform.python_version(), "rounds": rounds, "seed": arguments.seed}
     if arguments.json:
-        print(json.dumps({**about, "sizes": asdict(sizes), "lines": list(map(_as_json, lines))}, ensure_ascii=False))
+        extra = {} if checkpoint else {"sizes": asdict(sizes)}
+        print(json.dumps({**about, **extra, "lines": list(map(_as_json, lines))}, ensure_ascii=False))
     else:
         show(lines, about)
     return 0
@@ -114,7 +132,7 @@ def show(lines: Sequence[Line], about: dict[str, Any]) -> None:
     from rich.table import Table
 
     facts = ", ".join(f"{name} {value}" for name, value in about.items())
-    table = Table(title="Steadfast's data path beside others", caption=facts, title_justify="left")
+    table = Table(title="Steadfast, measured", caption=facts, title_justify="left")
     table.add_column("section")
     table.add_column("contender")
     table.add_column("value", justify="right")

@@ -56,7 +56,7 @@ from trainer.state import TrainState
 from trainer.world import World
 
 if TYPE_CHECKING:
-    from trainer.checkpoint.resume import Checkpointer
+    from trainer.checkpoint.capture import Capture
 
 MOST_REWINDS = 3
 
@@ -137,7 +137,9 @@ def _train_watched(
     lock: RunLock | None,
 ) -> None:
     from trainer import collectives
-    from trainer.checkpoint.resume import Checkpointer
+    from trainer.checkpoint.capture import Capture, RunSaver
+    from trainer.checkpoint.resume import Restorer
+    from trainer.checkpoint.saving import Saves
     from trainer.model.self_check import check_model
 
     on_phase("start", 0)
@@ -190,26 +192,27 @@ def _train_watched(
         packing=config.data.packing,
         dtype=config.model.dtype,
     )
-    checkpointer = Checkpointer(
-        directory=run.checkpoints,
+    capture = Capture(
         engine=engine,
         feed=feed,
         world=world,
-        exchange=collectives.exchange,
         identity=run_identity(config, store, rows, run),
         model_files=run.model_files,
         probe=probe_prompts(store, rows.sequence_length),
-        seed=config.run.seed,
-        keep=config.checkpoint.keep,
-        on_phase=on_phase.of_save,
-        allow_changes=allow_changes,
     )
     on_phase("restore", 0)
-    restored = checkpointer.restore()
+    restored = Restorer(
+        run.checkpoints,
+        capture,
+        collectives.exchange,
+        seed=config.run.seed,
+        strict=config.checkpoint.strict,
+        allow_changes=allow_changes,
+    ).restore()
     state = restored or TrainState()
     if world.is_first:
         # Only now: a start that was refused leaves the record of the run as it was.
-        changes = [*_allowed(checkpointer, restored), *changed_settings(config, run)] if restored else []
+        changes = [*_allowed(run, capture, restored), *changed_settings(config, run)] if restored else []
         write_file(run.config, config_as_yaml(config))
         write_file(run.plan, json.dumps(plan.as_json(), indent=1) + "\n")
         collect_model_files(config, store, run)
@@ -221,7 +224,19 @@ def _train_watched(
         )
     else:
         record = nullcontext(Record([], lambda final, stopped, reason: None))
-    with closing(engine), record as observed, closing(feed):
+    saves = Saves(
+        run.checkpoints,
+        rank=world.rank,
+        exchange=collectives.exchange,
+        keep=config.checkpoint.keep,
+        newest=restored.step if restored else None,
+        mirror=_uploads(config, run, restored) if world.is_first else None,
+        on_phase=on_phase.of_save,
+    )
+    saver = RunSaver(capture, saves)
+    with closing(engine), record as observed, closing(feed), closing(saves):
+        if config.checkpoint.asynchronous:
+            saver.write_in_background()
         loop = Loop(
             engine=engine,
             feed=feed,
@@ -230,7 +245,7 @@ def _train_watched(
             evaluate_every=config.evaluate.every_steps,
             save_every=config.checkpoint.every_steps,
             evaluate=_evaluation(config, engine, held_out, rows, world, on_phase),
-            save=checkpointer.save,
+            saver=saver,
             observers=observed.observers,
             stop=stop,
             on_phase=on_phase,
@@ -246,7 +261,8 @@ def _train_watched(
 
 
 def _check_lock(lock: RunLock | None, phase: str, step: int) -> None:
-    if lock is not None and phase in ("save:open", "save:rename"):
+    # Whoever lost the run directory to another start must not commit any more.
+    if lock is not None and phase in ("save:open", "save:settle", "save:rename"):
         lock.check()
 
 
@@ -261,11 +277,24 @@ def _quarantined(run: RunDirectory, world: World) -> list[int]:
     return found
 
 
-def _allowed(checkpointer: Checkpointer, restored: TrainState) -> list[str]:
+def _allowed(run: RunDirectory, capture: Capture, restored: TrainState) -> list[str]:
     """What of the run's identity differs from the restored checkpoint, by permission."""
-    saved = read_manifest(step_directory(checkpointer.directory, restored.step)).identity
-    differences = identity_differences(saved, checkpointer.identity)
+    saved = read_manifest(step_directory(run.checkpoints, restored.step)).identity
+    differences = identity_differences(saved, capture.identity)
     return [f"{change} (--allow-change {key})" for key, change in differences.items()]
+
+
+def _uploads(config: Config, run: RunDirectory, restored: TrainState | None) -> Any:
+    if config.checkpoint.upload is None:
+        return None
+    from trainer.checkpoint.upload import Uploads
+    from trainer.checkpoint.verify import step_directory
+
+    uploads = Uploads(config.checkpoint.upload)
+    if restored is not None:
+        # The run before may have ended while this one was being copied.
+        uploads.add(step_directory(run.checkpoints, restored.step))
+    return uploads
 
 
 def refuse_shared_devices(ranks: Sequence[dict[str, str]]) -> None:
@@ -283,7 +312,7 @@ def _build_engine(config: Config, world: World, run: RunDirectory, device: Any, 
 
     from trainer import collectives
     from trainer.engine.deepspeed_engine import DeepSpeedEngine, ZeroThreeHook
-    from trainer.model.load import load_language_model
+    from trainer.model.load import load_language_model, train_only
     from trainer.model.supervised import SupervisedLanguageModel, unsupported_head
     from trainer.optim.schedules import share_of_peak
 
@@ -305,6 +334,7 @@ def _build_engine(config: Config, world: World, run: RunDirectory, device: Any, 
         )
     finally:
         hook.release()
+    train_only(language_model, config.model.trainable)
     if (reason := unsupported_head(language_model)) is not None:
         raise DataError(f"{model_directory(config, run)} cannot be trained: {reason}", "it is not supported yet")
     optimizer = config.optimizer

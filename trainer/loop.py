@@ -5,9 +5,11 @@
         fetch all micro-batches of the step and count their supervised tokens
         forward and backward each; step
         observe
+        hear which saves have ended
         evaluate, when due              (before saving: the checkpoint knows the result)
         stop, when all ranks agree      (before saving: the last checkpoint is the stopping point)
-        save, when due, last or stopping
+        begin to save, when due         (it is written while training goes on)
+        save and wait, when last or stopping
 
 Every branch depends on values that are equal on all ranks, so the ranks never part ways.
 """
@@ -26,7 +28,7 @@ from trainer import collectives
 from trainer.data.feed import Feed, StepBatch
 from trainer.engine.protocol import Engine
 from trainer.errors import DivergedError
-from trainer.state import StepResult, TrainState
+from trainer.state import SaveReport, StepResult, TrainState
 
 
 class Observer(Protocol):
@@ -38,11 +40,28 @@ class Observer(Protocol):
     def on_evaluate(self, state: TrainState, metrics: dict[str, float]) -> None:
         """After every evaluation."""
 
-    def on_save(self, state: TrainState, path: str, seconds: float) -> None:
-        """After a checkpoint was committed."""
+    def on_save(self, state: TrainState, report: SaveReport) -> None:
+        """After a save ended, well or not; `state` is where training is by then."""
 
     def close(self) -> None:
         """At the end, whatever the reason."""
+
+
+class Saver(Protocol):
+    """Saves checkpoints; every rank has one and calls it in step with the others."""
+
+    @property
+    def vote(self) -> float:
+        """This rank's share of the sum that `settle` gets."""
+
+    def settle(self, votes: float) -> list[SaveReport]:
+        """At a step boundary: which saves have ended."""
+
+    def begin(self, state: TrainState, metrics: dict[str, float]) -> list[SaveReport]:
+        """Start saving; `metrics` are those of an evaluation at this very step."""
+
+    def finish(self, state: TrainState, metrics: dict[str, float]) -> list[SaveReport]:
+        """Save and wait until it is committed."""
 
 
 OnPhase = Callable[[str, int], None]
@@ -93,7 +112,7 @@ class Loop:
     evaluate_every: int
     save_every: int
     evaluate: Callable[[TrainState], dict[str, float]] | None
-    save: Callable[[TrainState], str]
+    saver: Saver
     observers: Sequence[Observer]
     stop: StopFlag
     on_phase: OnPhase = lambda phase, step: None
@@ -119,7 +138,7 @@ def fit(loop: Loop, state: TrainState) -> tuple[TrainState, bool]:
         batch = loop.feed.next_step()
         waited = time.monotonic() - started
         own = OwnTime(started, blocked, loop.rank, loop.world_size)
-        result = train_step(loop.engine, batch, loop.stop, partial(_at, loop.on_phase, step), own)
+        result = train_step(loop.engine, batch, loop.stop, partial(_at, loop.on_phase, step), own, loop.saver.vote)
         state = state.after(result)
         loop.on_phase("observe", step)
         if not result.applied:
@@ -127,6 +146,7 @@ def fit(loop: Loop, state: TrainState) -> tuple[TrainState, bool]:
         seconds = StepSeconds(time.monotonic() - started, waited)
         for observer in loop.observers:
             observer.on_step(state, batch, result, seconds)
+        _tell(loop, state, loop.saver.settle(result.save_votes))
         if state.skipped_in_a_row >= loop.max_skipped_steps:
             raise DivergedError(
                 f"{state.skipped_in_a_row} steps in a row had a non-finite gradient, the last was step {state.step}",
@@ -135,6 +155,7 @@ def fit(loop: Loop, state: TrainState) -> tuple[TrainState, bool]:
             )
         last = state.step == loop.max_steps
         stopping = result.stop_asked and not last
+        metrics: dict[str, float] = {}
         if loop.evaluate is not None and (last or state.step % loop.evaluate_every == 0):
             metrics = loop.evaluate(state)
             for observer in loop.observers:
@@ -142,10 +163,10 @@ def fit(loop: Loop, state: TrainState) -> tuple[TrainState, bool]:
         if last or stopping or state.step % loop.save_every == 0:
             loop.on_phase("save", state.step)
             loop.before_save(state)
-            began = time.monotonic()
-            path = loop.save(state)
-            for observer in loop.observers:
-                observer.on_save(state, path, time.monotonic() - began)
+        if last or stopping:
+            _tell(loop, state, loop.saver.finish(state, metrics))
+        elif state.step % loop.save_every == 0:
+            _tell(loop, state, loop.saver.begin(state, metrics))
     loop.on_phase("end", state.step)
     return state, stopping
 
@@ -154,12 +175,19 @@ def _at(on_phase: OnPhase, step: int, phase: str) -> None:
     on_phase(phase, step)
 
 
+def _tell(loop: Loop, state: TrainState, reports: Sequence[SaveReport]) -> None:
+    for report in reports:
+        for observer in loop.observers:
+            observer.on_save(state, report)
+
+
 def train_step(
     engine: Engine,
     batch: StepBatch,
     stop: StopFlag,
     begins: Callable[[str], None] = lambda phase: None,
     own: OwnTime | None = None,
+    save_vote: float = 0.0,
 ) -> StepResult:
     """One optimizer step over the global batch. All ranks call it with their share of the same batch.
 
@@ -180,7 +208,7 @@ def train_step(
     summed = float(torch.stack(losses).double().sum())
     begins("agree")
     times = own.of_all_ranks() if own is not None else []
-    total, asked, *rank_seconds = collectives.add_up([summed, 1.0 if stop.requested else 0.0, *times])
+    total, asked, votes, *rank_seconds = collectives.add_up([summed, 1.0 if stop.requested else 0.0, save_vote, *times])
     return StepResult(
         loss=total / batch.supervised_tokens,
         gradient_norm=gradient_norm,
@@ -189,5 +217,6 @@ def train_step(
         tokens=batch.tokens,
         applied=applied,
         stop_asked=asked > 0,
+        save_votes=votes,
         rank_seconds=tuple(rank_seconds),
     )

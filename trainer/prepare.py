@@ -227,6 +227,7 @@ def run_identity(config: Config, store: TokenStore, rows: RowPlan, run: RunDirec
     by_source = spec.pop("by_source")
     return {
         **model,
+        "model.trainable": ", ".join(config.model.trainable or ["*"]),
         "data": store.fingerprint[:16],
         "tokenizer": store.manifest["tokenizer_fingerprint"][:16],
         "template": store.manifest["template_sha256"][:16],

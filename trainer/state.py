@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,27 @@ class StepResult:
     """False when the step was skipped for a non-finite gradient."""
     stop_asked: bool
     """Some rank was asked to stop."""
+    save_votes: float
+    """Sum over the ranks of what their savers voted (see Saver)."""
     rank_seconds: tuple[float, ...] = ()
     """How long each rank worked on this step, waiting for other ranks left out."""
+
+
+@dataclass(frozen=True)
+class SaveReport:
+    """What became of a checkpoint that was begun at `step`; training may be some steps further by then."""
+
+    step: int
+    path: str
+    outcome: Literal["committed", "given up", "uploaded", "not uploaded"]
+    problem: str | None
+    """Why it was given up or not uploaded."""
+    blocked_seconds: float
+    """How long training stood still for it."""
+    waited_seconds: float
+    """Of these, how long for its end: the next save was due too early (back-pressure), or the run was ending."""
+    seconds: float
+    """From its beginning to its end."""
 
 
 @dataclass(frozen=True)

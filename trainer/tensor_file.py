@@ -146,7 +146,10 @@ class TensorFile:
         self._bytes: np.ndarray[Any, np.dtype[np.uint8]] | None = None
 
     def array(self, name: str, start: int = 0, count: int | None = None) -> np.ndarray[Any, Any]:
-        """Elements [start, start + count) of a tensor as a flat view; the whole tensor has its shape."""
+        """Elements [start, start + count) of a tensor as a flat view; the whole tensor has its shape.
+
+        bfloat16, which numpy does not know, comes as its 16-bit patterns.
+        """
         entry = self.entries[name]
         width = DTYPE_BYTES[entry.dtype]
         if self._bytes is None:
@@ -157,7 +160,7 @@ class TensorFile:
         if not 0 <= start <= stop <= total:
             raise IndexError(f"{self.path}: {name} has {total} elements, asked for [{start}, {stop})")
         flat: np.ndarray[Any, Any] = self._bytes[entry.begin + start * width : entry.begin + stop * width].view(
-            NUMPY_DTYPES[entry.dtype]
+            np.uint16 if entry.dtype == "BF16" else NUMPY_DTYPES[entry.dtype]
         )
         return flat if (start, count) != (0, None) else flat.reshape(entry.shape)
 

@@ -68,7 +68,8 @@ def test_killed_inside_a_save(victim, tmp_path, store, uninterrupted):
         time.sleep(0.05)
     announced = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     newest = max(event["step"] for event in announced if event["event"] == "commit")
-    assert committed_steps(run / "checkpoints")[0] >= newest >= 4
+    # The save before the one that was hit is committed; its announcement may have been next.
+    assert committed_steps(run / "checkpoints")[0] >= max(newest, 4)
     again = subprocess.run(command(config), capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert losses(run) == losses(uninterrupted)

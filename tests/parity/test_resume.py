@@ -1,12 +1,11 @@
-"""A resumed run is the uninterrupted run: bitwise on the same number of ranks, to rounding on another one."""
+"""A resumed run is the uninterrupted run, to the bit (other ranks and stages: test_reshard)."""
 
 import json
 import shutil
 
-import numpy as np
 import pytest
 
-from tests.support.training import digest, largest_difference, losses, settings
+from tests.support.training import digest, losses, settings
 from trainer.checkpoint.verify import MANIFEST_NAME, committed_steps, find_checkpoint
 
 TRAIN = "tests.support.training:train"
@@ -55,24 +54,6 @@ def test_bitwise_with_dropout(tmp_path, two_ranks, store):
     assert digest(tmp_path / "resumed") == digest(tmp_path / "straight")
 
 
-@pytest.mark.parametrize(
-    ("first", "second", "ranks"),
-    [("zero2", "zero3", 1), ("zero3", "zero1", 1), ("zero3", "zero3-offload-cpu", 2), ("zero1", "zero3", 2)],
-)
-def test_to_rounding_on_other_ranks_and_stages(first, second, ranks, tmp_path, request, two_ranks, store, straight):
-    pool = request.getfixturevalue("one_rank" if ranks == 1 else "two_ranks")
-    run = tmp_path / "run"
-    run_interrupted(two_ranks, pool, run, store, {"engine__deepspeed": second}, engine__deepspeed=first)
-    assert np.abs(np.subtract(losses(run), losses(straight[first]))).max() <= 1e-5
-    assert largest_difference(run, straight[first]) <= 1e-5
-
-
-def test_from_one_rank_to_two(tmp_path, one_rank, two_ranks, store, straight):
-    run_interrupted(one_rank, two_ranks, tmp_path / "run", store, engine__deepspeed="zero3")
-    assert np.abs(np.subtract(losses(tmp_path / "run"), losses(straight["zero3"]))).max() <= 1e-5
-    assert largest_difference(tmp_path / "run", straight["zero3"]) <= 1e-5
-
-
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(tmp_path, two_ranks, store):
     run = tmp_path / "run"
     changes = {"checkpoint__every_steps": 2, "checkpoint__keep": 5}
@@ -84,6 +65,12 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(tmp_pat
     content[-100] ^= 1
     newest.write_bytes(content)
     assert find_checkpoint(run).name == "step-00000004"
+    found = two_ranks.run(TRAIN, values=settings(run, store.path, checkpoint__strict=True, **changes))
+    named = "step-00000006 is damaged: rank-00001-of-00002.safetensors does not match its hash"
+    assert all(error.startswith("74: ") and named in error for error in found)
+    (newest.parent / "foreign").write_text("x")
+    found = two_ranks.run(TRAIN, values=settings(run, store.path, checkpoint__strict=True, **changes))
+    assert all(error.startswith("74: ") and "foreign does not belong to it" in error for error in found)
     run_straight(two_ranks, run, store, **changes)
     assert digest(run) == expected
     assert committed_steps(run / "checkpoints") == [6, 4, 2]

@@ -187,7 +187,12 @@ def losses(run: Path) -> list[float]:
 def gathered(run: Path) -> dict[str, np.ndarray[Any, Any]]:
     """Whole fp32 masters and moments of the newest checkpoint, by kind and parameter."""
     reader = SliceReader(find_checkpoint(run))
-    return {f"{kind} {name}": reader.read(kind, name) for kind in KINDS for name in reader.parameters}
+    return {
+        f"{kind} {name}": reader.read(kind, name)
+        for kind in KINDS
+        for name in reader.parameters
+        if kind in reader.kinds(name)
+    }
 
 
 def digest(run: Path) -> str:
@@ -203,3 +208,96 @@ def largest_difference(left: Path, right: Path, kind: str = "master") -> float:
     first, second = gathered(left), gathered(right)
     assert first.keys() == second.keys()
     return max(float(np.abs(first[name] - second[name]).max()) for name in first if name.startswith(kind))
+
+
+def train_among(world: Any, kind: str, size: int, meeting_point: str, values: dict[str, Any]) -> str | None:
+    """Case: as `train`, but among the first `size` ranks of the pool only, in a process group of their own.
+
+    Starting torch and DeepSpeed costs seconds a process; joining another group costs hundredths of one. They meet at
+    the new file `meeting_point`.
+    """
+    import os
+    from dataclasses import replace
+    from datetime import timedelta
+
+    import deepspeed.comm
+    import torch.distributed as dist
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+    from deepspeed.runtime.zero.partition_parameters import Init
+    from deepspeed.utils import groups
+
+    # Ranks compare the numbers of their parameters and modules, and those that took part less often counted less.
+    Init.param_id = 0
+    DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0  # type: ignore[index]
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    deepspeed.comm.comm.cdb = None
+    for name in ("_WORLD_GROUP", "_ZERO_PARAM_INTRA_PARALLEL_GROUP", "_DATA_PARALLEL_GROUP", "_MODEL_PARALLEL_GROUP"):
+        setattr(groups, name, None)
+    if world.rank >= size:
+        return None
+    os.environ |= {"WORLD_SIZE": str(size), "RANK": str(world.rank), "LOCAL_RANK": str(world.rank)}
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{meeting_point}",
+        rank=world.rank,
+        world_size=size,
+        timeout=timedelta(seconds=120),
+    )
+    return train(replace(world, world_size=size, local_world_size=size), kind, values)
+
+
+class DiskFills:
+    """A stop request that never comes, and a disk that is full from one step on until another."""
+
+    def __init__(self, place: Path, full_at: int, free_at: int) -> None:
+        self._place, self._full_at, self._free_at = place, full_at, free_at
+        self._asked = 0
+
+    @property
+    def requested(self) -> None:
+        """Asked once a step by the loop."""
+        from tests.support.small_disk import fill
+
+        self._asked += 1
+        if self._asked == self._full_at:
+            fill(self._place, 0)
+        if self._asked == self._free_at:
+            (self._place / "ballast").unlink()
+
+
+def train_while_the_disk_fills(
+    world: Any, kind: str, values: dict[str, Any], place: str, full_at: int, free_at: int
+) -> str | None:
+    """Case: as `train`, but while it runs the disk at `place` has no room left, from one step to another."""
+    from trainer.assemble import train_joined
+    from trainer.config.schema import Config
+    from trainer.errors import SteadfastError
+    from trainer.run_directory import RunDirectory
+
+    config = Config.model_validate(values)
+    run = RunDirectory(Path(config.run.dir))
+    run.path.mkdir(parents=True, exist_ok=True)
+    stop = DiskFills(Path(place), full_at, free_at) if world.rank == 0 else StopAfter(0)
+    try:
+        train_joined(config, world, stop, run, kind)  # type: ignore[arg-type]
+    except SteadfastError as error:
+        return f"{error.exit_code}: {error}"
+    return None
+
+
+def train_and_save_with_deepspeed(world: Any, kind: str, values: dict[str, Any], out: str) -> str | None:
+    """Case: as `train`; when the last checkpoint is due, DeepSpeed's own save_checkpoint writes one to `out` too."""
+    from trainer.checkpoint.capture import RunSaver
+
+    original = RunSaver.finish
+
+    def finish(self: RunSaver, state: Any, metrics: dict[str, float]) -> Any:
+        self.capture.engine._engine.save_checkpoint(out, tag="theirs")  # type: ignore[attr-defined]
+        return original(self, state, metrics)
+
+    RunSaver.finish = finish  # type: ignore[method-assign]
+    try:
+        return train(world, kind, values)
+    finally:
+        RunSaver.finish = original  # type: ignore[method-assign]

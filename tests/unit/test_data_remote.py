@@ -23,7 +23,7 @@ from trainer.config.schema import Config
 from trainer.data.feed import Feed, StepBatch
 from trainer.data.order import BlockOrder, Order
 from trainer.data.store import TokenStore, open_store, packing, remote
-from trainer.data.store.reader import MANIFEST, body_hash
+from trainer.data.store.reader import MANIFEST, body_hash, manifest_text
 from trainer.data.store.remote import ShardCache, is_url
 from trainer.errors import ConfigError, DataError, HangError, MissingInputError, UsageError
 from trainer.prepare import left_out, row_order, row_spec, source_epochs
@@ -344,7 +344,7 @@ def test_no_store_at_a_url(url: str, tmp_path: Path) -> None:
         with pytest.raises(DataError, match="does not match its own hash"):
             open_store(url, cache=cache)
         manifest["files"].append({"name": "../../evil", "bytes": 1, "xxh3": "0", "sha256": "0"})
-        damage(url, MANIFEST, json.dumps({**manifest, "body_sha256": body_hash(manifest)}).encode())
+        damage(url, MANIFEST, manifest_text({**manifest, "body_sha256": body_hash(manifest)}).encode())
         with pytest.raises(DataError, match="evil"):
             open_store(url, cache=cache)
 

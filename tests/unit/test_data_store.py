@@ -295,11 +295,11 @@ def test_manifest_numbers_are_checked_by_verify(tmp_path: Path) -> None:
         open_store(store.path)
     manifest["tokens"] += 1
     manifest["body_sha256"] = reader.body_hash(manifest)
-    (store.path / MANIFEST).write_text(json.dumps(manifest))
+    (store.path / MANIFEST).write_text(reader.manifest_text(manifest))
     with pytest.raises(DataError, match="tokens"):
         verify_store(store.path)
     manifest["schema"] = 99
     manifest["body_sha256"] = reader.body_hash(manifest)
-    (store.path / MANIFEST).write_text(json.dumps(manifest))
+    (store.path / MANIFEST).write_text(reader.manifest_text(manifest))
     with pytest.raises(DataError, match="schema 99"):
         open_store(store.path)

@@ -311,7 +311,13 @@ def test_more_ranks_than_visible_gpus_are_refused(tmp_path: Path, monkeypatch: p
     with pytest.raises(UsageError, match="this machine shows 1"):
         train_command.run(
             argparse.Namespace(
-                config=Path("x.yaml"), overrides=[], nproc=2, max_restarts=0, traceback=False, allow_change=[]
+                config=Path("x.yaml"),
+                overrides=[],
+                nproc=2,
+                max_restarts=0,
+                traceback=False,
+                allow_change=[],
+                strict=False,
             )
         )
     with pytest.raises(UsageError, match="--ranks-per-node 2 needs 2 GPUs"):
@@ -342,13 +348,25 @@ def test_bfloat16_on_a_cpu_is_warned_of_at_the_start(
     tiny = Path(__file__).resolve().parents[2] / "configs" / "tiny.yaml"
     for dtype, said in (("bfloat16", 1), ("float32", 0)):
         arguments = argparse.Namespace(
-            config=tiny, overrides=[f"model.dtype={dtype}"], nproc=2, max_restarts=0, traceback=False, allow_change=[]
+            config=tiny,
+            overrides=[f"model.dtype={dtype}"],
+            nproc=2,
+            max_restarts=0,
+            traceback=False,
+            allow_change=[],
+            strict=False,
         )
         assert train_command.run(arguments) == 0
         assert capsys.readouterr().err.count("warning: model.dtype=bfloat16 on a CPU is about 80 times") == said
     # A rank says it when no launcher of ours did, and only the first one.
     slow = argparse.Namespace(
-        config=tiny, overrides=["model.dtype=bfloat16"], nproc=None, max_restarts=0, traceback=False, allow_change=[]
+        config=tiny,
+        overrides=["model.dtype=bfloat16"],
+        nproc=None,
+        max_restarts=0,
+        traceback=False,
+        allow_change=[],
+        strict=False,
     )
     for more, said in (({"RANK": "0", "LOCAL_RANK": "0"}, 1), ({LAUNCHER_PID: "1"}, 0), ({"RANK": "1"}, 0)):
         for name, text in (rank_environment(WORLD) | more).items():
@@ -402,6 +420,12 @@ def test_nproc_inside_a_rank_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(UsageError, match="--nproc 2 inside a launched rank"):
         train_command.run(
             argparse.Namespace(
-                config=Path("x.yaml"), overrides=[], nproc=2, max_restarts=0, traceback=False, allow_change=[]
+                config=Path("x.yaml"),
+                overrides=[],
+                nproc=2,
+                max_restarts=0,
+                traceback=False,
+                allow_change=[],
+                strict=False,
             )
         )

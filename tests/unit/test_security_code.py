@@ -99,6 +99,10 @@ def test_nothing_forbidden(file):
     if file.name == "tokenizer_training.py":
         # Its own template, over a constant: the check that the tokenizer it has just made loads.
         found = [line for line in found if "chat template outside" not in line]
+    if file.name == "deepspeed_import.py":
+        # The one command that reads pickles, with the restricted unpickler, and only when told to.
+        found = [line for line in found if "torch.load" not in line and "imports pickle" not in line]
+        assert file.read_text().count("torch.load(") == file.read_text().count("weights_only=True") == 1
     assert found == []
 
 

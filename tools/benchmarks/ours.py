@@ -105,7 +105,7 @@ def write_store(path: Path, documents: TokenDocuments, sequence_length: int, sha
     """A token store of documents that are tokenised already."""
     from trainer.data.build.shard_writer import ShardWriter, file_entry
     from trainer.data.store.packing import PLAN_ARRAYS, PlanSpec, default_overlap, plan_rows
-    from trainer.data.store.reader import MANIFEST, SCHEMA_VERSION, body_hash
+    from trainer.data.store.reader import MANIFEST, SCHEMA_VERSION, body_hash, manifest_text
     from trainer.data.store.shards import read_arrays, write_arrays
 
     count = len(documents.offsets) - 1
@@ -145,7 +145,7 @@ def write_store(path: Path, documents: TokenDocuments, sequence_length: int, sha
         "inputs": [{"name": "synthetic"}],
     }
     manifest["body_sha256"] = body_hash(manifest)
-    (path / MANIFEST).write_text(json.dumps(manifest))
+    (path / MANIFEST).write_text(manifest_text(manifest))
 
 
 def stored_rows(path: Path, count: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:

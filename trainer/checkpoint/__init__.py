@@ -6,4 +6,10 @@ checkpoints/step-00000100/
     state.json                          step, data position, schedule, optimizer step counts
     probe.safetensors                   logits of the live model on pinned prompts: the export is compared to them
     model/                              config.json, tokenizer and chat template: the checkpoint is self-contained
+checkpoints/step-00000100.pinned        empty: retention never removes that checkpoint
+checkpoints/latest                      a hint for people; no reader trusts it
+
+capture (what a live run consists of) -> contents (as files) -> saving (when, and what happens when it fails)
+-> writer_process (hash, write, sync beside the run) -> commit (the protocol) -> retention, upload; verify, slices and
+resume read.
 """

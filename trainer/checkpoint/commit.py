@@ -14,14 +14,15 @@ is a function, so the protocol is tested with plain processes that are killed at
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint.verify import MANIFEST_NAME, Manifest, committed_steps, manifest_text, step_directory
-from trainer.durable import make_directory, sync_directory, write_errors, write_file, xxh3_of_file
+from trainer.checkpoint.retention import retain, sweep
+from trainer.checkpoint.verify import MANIFEST_NAME, Manifest, manifest_text, step_directory
+from trainer.durable import make_directory, sync_directory, write_errors, write_file
 from trainer.errors import CannotWriteError, SteadfastError
 
 Exchange = Callable[[dict[str, Any]], list[dict[str, Any]]]
@@ -46,6 +47,7 @@ def commit_checkpoint(
     writer: Writer,
     describe: Callable[[dict[str, dict[str, Any]]], Manifest],
     keep: int,
+    protected: Sequence[int] = (),
 ) -> Path:
     """Save one checkpoint; all ranks call this together and all return its path or all raise CannotWriteError.
 
@@ -53,33 +55,30 @@ def commit_checkpoint(
     gone and earlier checkpoints are untouched.
     """
     target = step_directory(checkpoints, step)
-    attempt = checkpoints / f".tmp-{target.name}"
+    attempt = attempt_directory(checkpoints, step)
+
+    def open_here() -> dict[str, Any]:
+        if writer.rank == 0:
+            open_attempt(checkpoints, attempt)
+        return {}
+
     writer.on_phase("open")
-    _together(writer, lambda: _open_attempt(checkpoints, attempt) if writer.rank == 0 else {}, attempt)
+    _together(writer, open_here, attempt)
     writer.on_phase("write")
     reports = _together(writer, lambda: _write_files(writer, attempt), attempt)
     writer.on_phase("commit")
     files = {name: entry for report in reports for name, entry in sorted(report.items())}
-    _together(writer, lambda: _rename(attempt, target, describe(files), writer) if writer.rank == 0 else {}, attempt)
+
+    def publish_here() -> dict[str, Any]:
+        if writer.rank == 0:
+            publish(attempt, target, manifest_text(describe(files)), writer.on_phase)
+        return {}
+
+    _together(writer, publish_here, attempt)
     writer.on_phase("retain")
     if writer.rank == 0:
-        retain(checkpoints, keep, newest=step)
+        retain(checkpoints, keep, newest=step, protected=protected)
     return target
-
-
-def retain(checkpoints: Path, keep: int, newest: int) -> None:
-    """Remove all but the `keep` newest checkpoints up to step `newest`, which itself always stays."""
-    for step in [step for step in committed_steps(checkpoints) if step < newest][max(keep - 1, 0) :]:
-        _discard(step_directory(checkpoints, step))
-
-
-def sweep(checkpoints: Path) -> None:
-    """Remove what killed attempts and removals left behind."""
-    for pattern in (".tmp-*", ".del-*"):
-        for path in checkpoints.glob(pattern):
-            shutil.rmtree(path, ignore_errors=True)
-    for path in checkpoints.glob(".latest.*.tmp"):
-        path.unlink(missing_ok=True)
 
 
 def _together(writer: Writer, work: Callable[[], dict[str, Any]], attempt: Path) -> list[dict[str, Any]]:
@@ -92,17 +91,17 @@ def _together(writer: Writer, work: Callable[[], dict[str, Any]], attempt: Path)
     for rank, outcome in enumerate(outcomes):
         if "fact" in outcome:
             if writer.rank == 0:
-                shutil.rmtree(attempt, ignore_errors=True)
+                abandon(attempt)
             raise CannotWriteError(f"rank {rank}: {outcome['fact']}", outcome["remedy"])
     return [outcome["result"] for outcome in outcomes]
 
 
-def _open_attempt(checkpoints: Path, attempt: Path) -> dict[str, Any]:
+def open_attempt(checkpoints: Path, attempt: Path) -> None:
+    """Clear what earlier attempts left and make the directory of this one. Rank 0."""
     make_directory(checkpoints)
     with write_errors(checkpoints):
         sweep(checkpoints)
         attempt.mkdir()
-    return {}
 
 
 def _write_files(writer: Writer, attempt: Path) -> dict[str, Any]:
@@ -110,17 +109,16 @@ def _write_files(writer: Writer, attempt: Path) -> dict[str, Any]:
         return writer.write(attempt)
 
 
-def describe_file(path: Path) -> dict[str, Any]:
-    """Size and hash of a small file that was just written."""
-    return {"bytes": path.stat().st_size, "xxh3_128": xxh3_of_file(path)}
+def publish(attempt: Path, target: Path, manifest: str, on_phase: Callable[[str], None] = lambda phase: None) -> None:
+    """The commit itself: the manifest, everything synced, and `attempt` becomes `target`.
 
-
-def _rename(attempt: Path, target: Path, manifest: Manifest, writer: Writer) -> dict[str, Any]:
+    `on_phase` is told when only the rename is left. Raises CannotWriteError; `target` then is what it was before.
+    """
     with write_errors(target):
-        write_file(attempt / MANIFEST_NAME, manifest_text(manifest))
-        for directory in {(attempt / name).parent for name in manifest.files}:
+        write_file(attempt / MANIFEST_NAME, manifest)
+        for directory in (path for path in attempt.rglob("*") if path.is_dir()):
             sync_directory(directory)
-        writer.on_phase("rename")
+        on_phase("rename")
         if target.exists():
             # Only a checkpoint that failed its verification is ever written again.
             target.rename(target.with_name(f".del-{target.name}"))
@@ -130,12 +128,13 @@ def _rename(attempt: Path, target: Path, manifest: Manifest, writer: Writer) -> 
         with suppress(CannotWriteError):
             # Only a hint for people: no reader trusts it, so it cannot fail a save that is committed.
             write_file(target.parent / "latest", target.name + "\n")
-    return {}
 
 
-def _discard(path: Path) -> None:
-    doomed = path.with_name(f".del-{path.name}")
-    with suppress(OSError):
-        # Removing an old checkpoint is housekeeping: it cannot fail a save that is committed.
-        path.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+def attempt_directory(checkpoints: Path, step: int) -> Path:
+    """Where the checkpoint of `step` is written before it has its name."""
+    return checkpoints / f".tmp-{step_directory(checkpoints, step).name}"
+
+
+def abandon(attempt: Path) -> None:
+    """Remove an attempt that came to nothing; nobody may be writing into it any more."""
+    shutil.rmtree(attempt, ignore_errors=True)

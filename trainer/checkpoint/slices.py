@@ -1,7 +1,8 @@
 """Slices: how the parameters of a sharded model lie in files, and how any range of one is read back.
 
 A slice is a run of consecutive elements of one flattened parameter, as one rank owns it. Its tensor in the rank's
-file is called `kind:start:parameter`, kind being `master` (fp32 weights), `exp_avg` or `exp_avg_sq`. Because slices
+file is called `kind:start:parameter`, kind being `master` (fp32 weights; of a frozen parameter the only one, in the
+model's dtype), `exp_avg` or `exp_avg_sq`. Because slices
 carry their place and not their rank, a reader needs to know neither world size nor ZeRO stage. Torch-free.
 """
 
@@ -52,7 +53,7 @@ class SliceReader:
         self.path = path
         self.manifest = read_manifest(path)
         self.parameters = {name: tuple(entry["shape"]) for name, entry in self.manifest.parameters.items()}
-        self._slices: dict[tuple[str, str], list[_Slice]] = defaultdict(list)
+        found: dict[tuple[str, str], list[_Slice]] = defaultdict(list)
         self._files: dict[str, TensorFile] = {}
         for rank in range(self.manifest.world_size):
             name = rank_file(rank, self.manifest.world_size)
@@ -63,13 +64,19 @@ class SliceReader:
             for key, entry in file.entries.items():
                 if key.partition(":")[0] in KINDS:
                     kind, start, parameter = key.split(":", 2)
-                    self._slices[kind, parameter].append(_Slice(int(start), math.prod(entry.shape), file, key))
-        for key_pair, slices in self._slices.items():
+                    found[kind, parameter].append(_Slice(int(start), math.prod(entry.shape), file, key))
+        for key_pair, slices in found.items():
             slices.sort(key=lambda piece: piece.start)
             self._check_tiling(*key_pair, slices)
-        for kind, parameter in ((kind, parameter) for kind in KINDS for parameter in self.parameters):
-            if (kind, parameter) not in self._slices:
-                raise damaged(path, f"{parameter} has no {kind} slices")
+        self._slices = dict(found)
+        for parameter in self.parameters:
+            for kind in self.kinds(parameter):
+                if (kind, parameter) not in self._slices:
+                    raise damaged(path, f"{parameter} has no {kind} slices")
+
+    def kinds(self, parameter: str) -> tuple[str, ...]:
+        """What is stored of a parameter: a frozen one has no moments."""
+        return KINDS[:1] if self.manifest.parameters[parameter].get("frozen") else KINDS
 
     def read(self, kind: str, parameter: str, start: int = 0, count: int | None = None) -> Floats:
         """Elements [start, start + count) of the flattened parameter (default: to its end), fp32, newly allocated."""
@@ -78,7 +85,7 @@ class SliceReader:
         for piece in self._slices[kind, parameter]:
             begin, end = max(start, piece.start), min(stop, piece.start + piece.count)
             if begin < end:
-                result[begin - start : end - start] = piece.file.array(piece.key, begin - piece.start, end - begin)
+                result[begin - start : end - start] = _as_fp32(piece, begin - piece.start, end - begin)
         return result
 
     def buffer(self, name: str) -> np.ndarray[Any, Any]:
@@ -102,6 +109,15 @@ class SliceReader:
             position += piece.count
         if position != math.prod(self.parameters[parameter]):
             raise damaged(self.path, f"the {kind} slices of {parameter} end at {position}")
+
+
+def _as_fp32(piece: _Slice, start: int, count: int) -> Floats:
+    found = piece.file.array(piece.key, start, count)
+    if piece.file.entries[piece.key].dtype != "BF16":
+        return found.astype(np.float32, copy=False)
+    # bfloat16 is the upper half of fp32.
+    widened: Floats = (found.astype(np.uint32) << 16).view(np.float32)
+    return widened
 
 
 def files_to_hash(manifest_files: dict[str, Any], rank: int, world_size: int) -> Iterator[str]:

@@ -35,7 +35,7 @@ class Manifest:
     files: dict[str, dict[str, Any]]
     """Relative file name to {bytes, xxh3_128}; every file but the manifest itself."""
     parameters: dict[str, dict[str, Any]]
-    """Parameter name to {shape, dtype of the live model}, in model order; tied aliases are left out."""
+    """Parameter name to {shape, dtype of the live model, frozen if it is}, in model order; no tied aliases."""
     tied: dict[str, str]
     """Alias of a tied parameter to the name it is stored under."""
     buffers: dict[str, dict[str, Any]]
@@ -69,13 +69,17 @@ def manifest_text(manifest: Manifest) -> str:
 def read_manifest(path: Path) -> Manifest:
     """The manifest of the checkpoint directory `path`; CheckpointError when it is absent or not as written."""
     try:
-        body = json.loads((path / MANIFEST_NAME).read_bytes())
+        text = (path / MANIFEST_NAME).read_bytes()
+        body = json.loads(text)
         digest = body.pop("sha256_of_body")
         if digest != _hash_of_body(body):
             raise damaged(path, f"{MANIFEST_NAME} does not match its own hash")
         if body["format"] != FORMAT:
             raise damaged(path, f"format {body['format']} is not the format {FORMAT} this version reads")
         manifest = Manifest(**body)
+        if manifest_text(manifest).encode() != text:
+            # Numbers and escapes can be spelt in several ways: what is not byte for byte ours was changed.
+            raise damaged(path, f"{MANIFEST_NAME} is not as it was written")
     except FileNotFoundError as error:
         raise damaged(path, f"{MANIFEST_NAME} is missing") from error
     except OSError as error:
@@ -128,35 +132,63 @@ def _is_sound(manifest: Manifest) -> bool:
     )
 
 
+def check_sizes(path: Path, manifest: Manifest, names: Iterable[str] | None = None) -> None:
+    """Compare the sizes of `names` (default: all) with the manifest; CheckpointError names the first bad file."""
+    for name in manifest.files if names is None else names:
+        file = path / name
+        if file.is_symlink() or not file.is_file():
+            raise damaged(path, f"{name} is missing" if not file.exists() else f"{name} is no regular file")
+        if (size := file.stat().st_size) != (committed := manifest.files[name]["bytes"]):
+            raise damaged(path, f"{name} has {size} bytes, committed were {committed}")
+
+
 def verify_files(path: Path, manifest: Manifest, names: Iterable[str] | None = None) -> None:
     """Compare sizes and hashes of `names` (default: all) with the manifest.
 
     Raises CheckpointError naming the first bad file.
     """
     for name in manifest.files if names is None else names:
-        expected = manifest.files[name]
-        file = path / name
-        if not file.is_file():
-            raise damaged(path, f"{name} is missing")
-        if (size := file.stat().st_size) != expected["bytes"]:
-            raise damaged(path, f"{name} has {size} bytes, committed were {expected['bytes']}")
+        check_sizes(path, manifest, [name])
         try:
-            digest = xxh3_of_file(file)
+            digest = xxh3_of_file(path / name)
         except OSError as error:
             # A bad sector is damage like any other: an earlier checkpoint may be whole.
             raise damaged(path, f"{name} cannot be read: {error.strerror}") from error
-        if digest != expected["xxh3_128"]:
+        if digest != manifest.files[name]["xxh3_128"]:
             raise damaged(path, f"{name} does not match its hash")
+
+
+def refuse_foreign_files(path: Path, manifest: Manifest) -> None:
+    """CheckpointError naming a file that lies in the checkpoint and was not committed with it."""
+    present = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_symlink() or not file.is_dir()}
+    if foreign := sorted(present - {*manifest.files, MANIFEST_NAME}):
+        raise damaged(path, f"{foreign[0]} does not belong to it")
 
 
 def verify_checkpoint(path: Path) -> Manifest:
     """Read the manifest and check every file; foreign files inside are damage too."""
     manifest = read_manifest(path)
+    refuse_foreign_files(path, manifest)
     verify_files(path, manifest)
-    present = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()} - {MANIFEST_NAME}
-    if foreign := sorted(present - set(manifest.files)):
-        raise damaged(path, f"{foreign[0]} does not belong to it")
     return manifest
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether `path` is the directory of one checkpoint, whole or damaged."""
+    return (path / MANIFEST_NAME).is_file() or (path.is_dir() and bool(_STEP_NAME.fullmatch(path.name)))
+
+
+def newest_valid_step(checkpoints: Path) -> tuple[int | None, list[str]]:
+    """Step of the newest checkpoint whose every byte is as committed, and what is wrong with the newer ones."""
+    problems = []
+    for step in committed_steps(checkpoints):
+        try:
+            verify_checkpoint(step_directory(checkpoints, step))
+        except CheckpointError as error:
+            problems.append(error.fact)
+        else:
+            return step, problems
+    return None, problems
 
 
 def find_checkpoint(source: Path) -> Path:
@@ -165,25 +197,19 @@ def find_checkpoint(source: Path) -> Path:
     A damaged newer one is named on stderr. Raises MissingInputError when there is none, CheckpointError when all are
     damaged.
     """
-    if (source / MANIFEST_NAME).is_file():
+    if is_checkpoint(source):
         verify_checkpoint(source)
         return source
     checkpoints = source / CHECKPOINTS if (source / CHECKPOINTS).is_dir() else source
-    steps = committed_steps(checkpoints)
-    if not steps:
+    if not committed_steps(checkpoints):
         raise MissingInputError(f"{source} holds no checkpoint", "give a run directory or checkpoints/step-...")
-    failures = []
-    for step in steps:
-        path = step_directory(checkpoints, step)
-        try:
-            verify_checkpoint(path)
-        except CheckpointError as error:
-            failures.append(error.fact)
-        else:
-            if failures:
-                sys.stderr.write(f"warning: {failures[0]}; using {path.name} instead\n")
-            return path
-    raise CheckpointError(f"no valid checkpoint in {checkpoints}: {failures[0]}", "restore one from a copy")
+    step, problems = newest_valid_step(checkpoints)
+    if step is None:
+        raise CheckpointError(f"no valid checkpoint in {checkpoints}: {problems[0]}", "restore one from a copy")
+    path = step_directory(checkpoints, step)
+    if problems:
+        sys.stderr.write(f"warning: {problems[0]}; using {path.name} instead\n")
+    return path
 
 
 def damaged(path: Path, reason: str) -> CheckpointError:

@@ -15,6 +15,7 @@ EXAMPLES: dict[str, Any] = {
     "run.dir": "runs/mine",
     "model.path": "models/qwen-7b",
     "model.config": {"model_type": "llama", "hidden_size": 128},
+    "model.trainable": ["lm_head.*", "model.layers.3.*"],
     "data.train": "stores/train",
     "data.eval": "stores/eval",
     "data.sequence_length": 4096,
@@ -26,6 +27,7 @@ EXAMPLES: dict[str, Any] = {
     "data.shuffle_blocks": 16,
     "data.cache_dir": "/scratch/steadfast",
     "train.max_steps": 1000,
+    "checkpoint.upload": "s3://bucket/mine",
 }
 _BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 _TYPES = {

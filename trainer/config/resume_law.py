@@ -31,6 +31,7 @@ LAW: dict[str, Change] = {
     "model.config": "identity",
     "model.dtype": "tunable",
     "model.gradient_checkpointing": "free",
+    "model.trainable": "identity",
     "model.attention": "free",
     "data.train": "free",  # what it holds is compared as `data`, `tokenizer` and `template`
     "data.eval": "tunable",
@@ -64,6 +65,9 @@ LAW: dict[str, Change] = {
     "engine.hang_seconds": "free",
     "checkpoint.every_steps": "free",
     "checkpoint.keep": "free",
+    "checkpoint.asynchronous": "free",
+    "checkpoint.strict": "free",
+    "checkpoint.upload": "free",
     "evaluate.every_steps": "free",
     "evaluate.max_rows": "tunable",
     "logging.every_steps": "free",

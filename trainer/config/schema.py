@@ -50,6 +50,8 @@ class Model(Section):
     """Compute dtype. bfloat16 keeps fp32 master weights in the optimizer. On a CPU use float32."""
     gradient_checkpointing: Flag = True
     """Recompute activations in the backward pass: much less memory, about a third more compute."""
+    trainable: Annotated[list[str], Field(min_length=1)] | None = None
+    """Train only the parameters whose names match one of these shell patterns; default: all."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention implementation. Whatever is chosen, training starts only if packed samples cannot see each other."""
 
@@ -191,7 +193,14 @@ class Checkpoint(Section):
     every_steps: Count = 500
     """Steps between checkpoints; the last step is always saved."""
     keep: Count = 2
-    """Checkpoints kept; the newest valid one is never removed."""
+    """Checkpoints kept; the newest valid one, the best of those evaluated at their step and those that are pinned are
+    never removed."""
+    asynchronous: Flag = True
+    """Write checkpoints while training goes on; takes host memory for a copy of a rank's state."""
+    strict: Flag = False
+    """Stop with exit code 74 when the newest checkpoint is damaged, instead of going on from the one before it."""
+    upload: str | None = None
+    """URL (s3://, gs://, file://, ...) that committed checkpoints are copied to in the background."""
 
 
 class Evaluate(Section):

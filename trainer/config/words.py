@@ -73,6 +73,8 @@ NEAR_WORDS: dict[str, str] = {
     "save_steps": "checkpoint.every_steps",
     "save_every": "checkpoint.every_steps",
     "save_total_limit": "checkpoint.keep",
+    "async_save": "checkpoint.asynchronous",
+    "freeze": "model.trainable",
     "eval_steps": "evaluate.every_steps",
     "logging_steps": "logging.every_steps",
     "log_every": "logging.every_steps",

@@ -119,16 +119,23 @@ class DeepSpeedEngine:
         return logits.float().cpu()
 
     def owned_slices(self) -> list[OwnedSlice]:
-        """Live views of this rank's master weights and moments."""
+        """See SavableEngine.owned_slices."""
         partitions.create_moments(self._zero)
-        return list(partitions.owned_slices(self.language_model, self._zero))
+        trained = partitions.owned_slices(self.language_model, self._zero)
+        return [*trained, *partitions.frozen_slices(self.language_model, whole=False)]
+
+    def held_slices(self) -> list[OwnedSlice]:
+        """See SavableEngine.held_slices."""
+        partitions.create_moments(self._zero)
+        trained = partitions.owned_slices(self.language_model, self._zero)
+        return [*trained, *partitions.frozen_slices(self.language_model, whole=True)]
 
     def counters(self) -> dict[str, Any]:
         """Optimizer step count and schedule state: plain values for a checkpoint."""
         return {"optimizer_steps": partitions.optimizer_steps(self._zero), "schedule_steps": self._schedule.last_epoch}
 
     def resume(self, counters: dict[str, Any]) -> None:
-        """After the tensors of `owned_slices` were overwritten: set the counters and publish the weights."""
+        """After the tensors of `held_slices` were overwritten: set the counters and publish the weights."""
         partitions.set_optimizer_steps(self._zero, int(counters["optimizer_steps"]))
         self._set_schedule(int(counters["schedule_steps"]))
         with torch.no_grad():

@@ -22,6 +22,7 @@ class OwnedSlice:
     """Elements [start, start + count) of the flattened parameter `name`, held by this rank.
 
     `tensors` maps master, exp_avg and exp_avg_sq to live fp32 views of `count` elements: writing changes the engine.
+    A frozen parameter has only its master, in the dtype of the model.
     """
 
     name: str
@@ -51,6 +52,28 @@ def owned_slices(model: nn.Module, optimizer: Any) -> Iterator[OwnedSlice]:
                 yield OwnedSlice(
                     name, start, count, {kind: tensor.narrow(0, offset, count) for kind, tensor in tensors.items()}
                 )
+
+
+def frozen_slices(model: nn.Module, *, whole: bool) -> Iterator[OwnedSlice]:
+    """Frozen parameters of `model`, in model order: this rank's share of each, to be saved.
+
+    With `whole` everything that this rank holds, to be overwritten: ZeRO-1/2 keep all of them on every rank.
+    """
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            continue
+        sharded = getattr(parameter, "ds_tensor", None)
+        flat = parameter.data.view(-1) if sharded is None else sharded.data
+        elements = parameter.numel() if sharded is None else int(parameter.ds_numel)  # type: ignore[attr-defined]
+        if sharded is None and whole:
+            yield OwnedSlice(name, 0, elements, {"master": flat})
+            continue
+        share = -(-elements // ranks) if sharded is None else flat.numel()
+        start = rank * share
+        count = min(share, elements - start)
+        if count > 0:
+            yield OwnedSlice(name, start, count, {"master": flat.narrow(0, start if sharded is None else 0, count)})
 
 
 def create_moments(optimizer: Any) -> None:

@@ -44,10 +44,13 @@ class SavableEngine(Engine, Protocol):
         """The transformers model, with its own parameter names (sharded under ZeRO-3)."""
 
     def owned_slices(self) -> list[OwnedSlice]:
-        """Live views of this rank's master weights and moments; not collective."""
+        """Live views of what this rank saves: master weights, moments, its share of frozen weights; not collective."""
+
+    def held_slices(self) -> list[OwnedSlice]:
+        """Live views of all state on this rank, to be overwritten when a run resumes; not collective."""
 
     def counters(self) -> dict[str, Any]:
         """Step counts of optimizer and schedule: plain values."""
 
     def resume(self, counters: dict[str, Any]) -> None:
-        """After the tensors of `owned_slices` were overwritten: set the counters, publish the weights."""
+        """After the tensors of `held_slices` were overwritten: set the counters, publish the weights."""

@@ -7,9 +7,11 @@ weights are the same for every number of ranks and every ZeRO stage, and they ca
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +99,22 @@ def load_language_model(path: Path, *, dtype: str, attention: str, gradient_chec
     if gradient_checkpointing:
         network.gradient_checkpointing_enable({"use_reentrant": False})
     return network
+
+
+def train_only(network: Any, patterns: Sequence[str] | None) -> None:
+    """Freeze every parameter whose name matches none of the shell `patterns`; None trains all.
+
+    Raises ConfigError when a pattern matches nothing.
+    """
+    if patterns is None:
+        return
+    names = [name for name, _ in network.named_parameters()]
+    if unused := [pattern for pattern in patterns if not fnmatch.filter(names, pattern)]:
+        raise ConfigError(
+            [f"model.trainable: {pattern!r} matches no parameter, e.g. not {names[-1]}" for pattern in unused]
+        )
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))
 
 
 def check_inventory(path: Path) -> None:

@@ -10,11 +10,18 @@ from trainer.data.feed import StepBatch
 from trainer.loop import StepSeconds
 from trainer.observe.ledger import JsonLines
 from trainer.redact import redacted
-from trainer.state import StepResult, TrainState
+from trainer.state import SaveReport, StepResult, TrainState
+
+EVENT_OF_SAVE = {
+    "committed": "commit",
+    "given up": "save_failed",
+    "uploaded": "upload",
+    "not uploaded": "upload_failed",
+}
 
 
 class EventLedger:
-    """Writes events.jsonl: takeover, start, resume, skip, evaluate, commit, stop, done, fault."""
+    """Writes events.jsonl: takeover, start, resume, skip, evaluate, commit, save_failed, upload, stop, done, fault."""
 
     def __init__(self, path: Path) -> None:
         self._lines = JsonLines(path, durable=True)
@@ -35,9 +42,15 @@ class EventLedger:
         """Record the metrics."""
         self.record("evaluate", step=state.step, **metrics)
 
-    def on_save(self, state: TrainState, path: str, seconds: float) -> None:
-        """Record the commit."""
-        self.record("commit", step=state.step, checkpoint=Path(path).name, seconds=round(seconds, 4))
+    def on_save(self, state: TrainState, report: SaveReport) -> None:
+        """Record the commit, or why there is none."""
+        details: dict[str, Any] = {"checkpoint": Path(report.path).name, "seconds": round(report.seconds, 4)}
+        if report.outcome in ("committed", "given up"):
+            details["blocked_seconds"] = round(report.blocked_seconds, 4)
+            details["waited_seconds"] = round(report.waited_seconds, 4)
+        if report.problem is not None:
+            details["problem"] = report.problem
+        self.record(EVENT_OF_SAVE[report.outcome], step=report.step, **details)
 
     def close(self) -> None:
         """Close the file."""

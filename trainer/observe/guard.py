@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from trainer.data.feed import StepBatch
 from trainer.loop import Observer, StepSeconds
-from trainer.state import StepResult, TrainState
+from trainer.state import SaveReport, StepResult, TrainState
 
 
 class Guarded:
@@ -25,9 +25,9 @@ class Guarded:
         """See Observer."""
         self._try(lambda: self._observer.on_evaluate(state, metrics))
 
-    def on_save(self, state: TrainState, path: str, seconds: float) -> None:
+    def on_save(self, state: TrainState, report: SaveReport) -> None:
         """See Observer."""
-        self._try(lambda: self._observer.on_save(state, path, seconds))
+        self._try(lambda: self._observer.on_save(state, report))
 
     def close(self) -> None:
         """See Observer."""

@@ -2,47 +2,74 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import sys
 from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from trainer.durable import write_errors
+from trainer.errors import CannotWriteError
 from trainer.state import finite
+
+MAX_KEPT_BYTES = 16 << 20
+"""Lines that are kept in memory while the disk is full."""
 
 
 class JsonLines:
-    """Append JSON objects to `path`, one a line. `durable` forces each line to disk."""
+    """Append JSON objects to `path`, one a line. `durable` forces each line to disk.
+
+    A full disk is no reason to stop: lines are kept in memory, said once on stderr, and written when there is room.
+    """
 
     def __init__(self, path: Path, *, durable: bool = False) -> None:
         self.path = path
         self._durable = durable
+        self._complained = False
         with write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            torn = _is_torn(path)
-            self._stream = path.open("a", encoding="utf-8")
-            if torn:
-                # Else the next entry would be glued to the half one of a process that was killed, and lost with it.
-                self._stream.write("\n")
+            # Else the next entry would be glued to the half one of a process that was killed, and lost with it.
+            self._kept = bytearray(b"\n" if _is_torn(path) else b"")
+            self._stream = path.open("ab", buffering=0)
 
     def append(self, entry: dict[str, Any]) -> None:
         """Write one entry; numbers that JSON does not know (NaN, infinity) become null."""
-        with write_errors(self.path):
-            self._stream.write(json.dumps(finite(entry), ensure_ascii=False) + "\n")
-            self._stream.flush()
-            if self._durable:
+        self._kept += (json.dumps(finite(entry), ensure_ascii=False) + "\n").encode()
+        self._write()
+        if self._durable and not self._kept:
+            with write_errors(self.path):
                 os.fsync(self._stream.fileno())
 
     def sync(self) -> None:
         """Force what was written to disk."""
+        self._write()
         with write_errors(self.path):
             os.fsync(self._stream.fileno())
 
     def close(self) -> None:
         """Close the file."""
+        self._write()
+        if self._kept:
+            sys.stderr.write(f"warning: {self.path} lacks its last lines: the disk stayed full\n")
         self._stream.close()
+
+    def _write(self) -> None:
+        """As much as the disk takes; a line that is torn now is completed by the next call."""
+        try:
+            while self._kept:
+                del self._kept[: self._stream.write(self._kept)]
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                with write_errors(self.path):
+                    raise
+            if len(self._kept) > MAX_KEPT_BYTES:
+                raise CannotWriteError(f"no space left while writing {self.path}", "free disk space") from error
+            if not self._complained:
+                self._complained = True
+                sys.stderr.write(f"warning: no space left for {self.path}: its lines are kept until there is some\n")
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -13,7 +13,7 @@ from trainer.data.feed import StepBatch
 from trainer.loop import StepSeconds
 from trainer.observe.ledger import JsonLines, cut_back
 from trainer.observe.stragglers import pace
-from trainer.state import StepResult, TrainState
+from trainer.state import SaveReport, StepResult, TrainState
 
 
 class Sink(Protocol):
@@ -71,9 +71,18 @@ class Metrics:
         """Write the metrics of an evaluation."""
         self._write(state.step, metrics)
 
-    def on_save(self, state: TrainState, path: str, seconds: float) -> None:
-        """Write how long the save blocked training."""
-        self._write(state.step, {"checkpoint/save_seconds": seconds})
+    def on_save(self, state: TrainState, report: SaveReport) -> None:
+        """Write how long the save took, and how long training stood still for it."""
+        if report.outcome == "committed":
+            self._write(
+                state.step,
+                {
+                    "checkpoint/step": float(report.step),
+                    "checkpoint/save_seconds": report.seconds,
+                    "checkpoint/blocked_seconds": report.blocked_seconds,
+                    "checkpoint/waited_seconds": report.waited_seconds,
+                },
+            )
 
     def close(self) -> None:
         """Close all sinks."""

@@ -23,7 +23,13 @@ class PlainProgress:
         """The text of the line."""
         head = f"step {step:>{len(str(self._max_steps))}}/{self._max_steps}"
         if "checkpoint/save_seconds" in metrics:
-            return f"{head}  checkpoint saved in {metrics['checkpoint/save_seconds']:.2f} s"
+            waited = metrics["checkpoint/waited_seconds"]
+            return (
+                f"{head}  checkpoint of step {metrics['checkpoint/step']:.0f} committed after "
+                f"{metrics['checkpoint/save_seconds']:.2f} s, training stood still for "
+                f"{metrics['checkpoint/blocked_seconds']:.2f} s"
+                + (f", {waited:.2f} s of it waiting for the end" if waited else "")
+            )
         if "train/loss" not in metrics:
             return f"{head}  " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         remaining = (time.monotonic() - self._started) / max(1, step - self._start_step) * (self._max_steps - step)

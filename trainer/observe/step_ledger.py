@@ -11,7 +11,7 @@ from pathlib import Path
 from trainer.data.feed import Feed, StepBatch
 from trainer.loop import StepSeconds
 from trainer.observe.ledger import JsonLines, cut_back
-from trainer.state import StepResult, TrainState
+from trainer.state import SaveReport, StepResult, TrainState
 
 
 class StepLedger:
@@ -42,7 +42,7 @@ class StepLedger:
     def on_evaluate(self, state: TrainState, metrics: dict[str, float]) -> None:
         """Evaluation consumes no training data."""
 
-    def on_save(self, state: TrainState, path: str, seconds: float) -> None:
+    def on_save(self, state: TrainState, report: SaveReport) -> None:
         """Make the lines of the committed steps as durable as the checkpoint is."""
         self._lines.sync()
 

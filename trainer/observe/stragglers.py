@@ -12,7 +12,7 @@ from typing import Protocol
 
 from trainer.data.feed import StepBatch
 from trainer.loop import StepSeconds
-from trainer.state import StepResult, TrainState
+from trainer.state import SaveReport, StepResult, TrainState
 
 RATIO = 1.5
 STEPS = 20
@@ -60,7 +60,7 @@ class Stragglers:
     def on_evaluate(self, state: TrainState, metrics: dict[str, float]) -> None:
         """Evaluations are not compared."""
 
-    def on_save(self, state: TrainState, path: str, seconds: float) -> None:
+    def on_save(self, state: TrainState, report: SaveReport) -> None:
         """Saves are not compared."""
 
     def close(self) -> None:

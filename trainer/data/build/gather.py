@@ -25,6 +25,7 @@ from trainer.data.store.reader import (
     TokenStore,
     body_hash,
     content_fingerprint,
+    manifest_text,
 )
 from trainer.data.store.report import SourceReport, Tally
 from trainer.data.store.shards import write_arrays
@@ -131,7 +132,7 @@ def _write_store(
         manifest["files"] += _entries(place, "reports")
     manifest["files"].sort(key=lambda entry: str(entry["name"]))
     manifest["body_sha256"] = body_hash(manifest)
-    write_file(place / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+    write_file(place / MANIFEST, manifest_text(manifest))
     return manifest
 
 

@@ -34,6 +34,11 @@ def body_hash(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
+def manifest_text(manifest: Mapping[str, Any]) -> str:
+    """A manifest, its hash included, as it is written."""
+    return json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
+
+
 def content_fingerprint(manifest: Mapping[str, Any]) -> str:
     """sha256 over what is trained on: the token shards and what the ids mean.
 
@@ -351,6 +356,10 @@ def verify_store(path: Path | str) -> VerifyReport:
     path = Path(path)
     manifest = read_manifest(path)
     _check_files(path, manifest["files"], thorough=True)
+    known = {MANIFEST, *(file["name"] for file in manifest["files"])}
+    for file in sorted(path.rglob("*")):
+        if (file.is_symlink() or not file.is_dir()) and str(file.relative_to(path)) not in known:
+            raise DataError(f"{file} does not belong to the store", "remove it")
     store = TokenStore(str(path), path, manifest)
     tokens = supervised = 0
     for file in manifest["files"]:
@@ -395,7 +404,8 @@ def _checked_manifest(content: bytes, file: str) -> dict[str, Any]:
         actual = body_hash(manifest)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{file} is damaged: it cannot be read", REBUILD) from error
-    if expected != actual:
+    if expected != actual or content != manifest_text(manifest).encode():
+        # The second: numbers and escapes can be spelt in several ways, and what is not as we write it was changed.
         raise DataError(f"{file} is damaged: its content does not match its own hash", REBUILD)
     if manifest.get("schema") != SCHEMA_VERSION:
         raise DataError(

@@ -1,0 +1,231 @@
+"""A process beside each rank that hashes, writes and syncs its share of a checkpoint while training goes on.
+
+The rank copies its state into memory that both share and sends one order; everything slow happens here, outside the
+rank's interpreter lock. Orders and replies are JSON lines. The process is started early and afresh, never forked from
+a rank that has touched a GPU; it imports no torch, and the kernel ends it with its rank.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainer.checkpoint.commit import publish
+from trainer.checkpoint.contents import RankContents, numpy_dtype, write_files
+from trainer.checkpoint.retention import retain
+from trainer.durable import write_errors
+from trainer.errors import CannotWriteError, SteadfastError
+from trainer.orphans import die_with_parent
+
+ROOT = Path(__file__).resolve().parents[2]
+ALIGNMENT = 64
+START_COMMAND = (
+    sys.executable,
+    "-c",
+    f"import sys; sys.path.insert(0, {str(ROOT)!r}); from trainer.checkpoint.writer_process import main; main()",
+)
+_NICENESS = 10
+
+
+class SharedMemory:
+    """Anonymous memory that two processes map; it has no name that a killed process could leave behind."""
+
+    def __init__(self) -> None:
+        self.descriptor = os.memfd_create("steadfast-snapshot")
+        self._map: mmap.mmap | None = None
+
+    def reserve(self, size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """At least `size` bytes, with real pages behind them; what was there before stays."""
+        if self._map is None or len(self._map) < size:
+            os.ftruncate(self.descriptor, size)
+            # Page faults are what a first copy spends most of its time on: they are taken here, before training.
+            self._map = mmap.mmap(self.descriptor, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+        return np.frombuffer(self._map, np.uint8)
+
+    def close(self) -> None:
+        """Let go of it."""
+        os.close(self.descriptor)
+        self._map = None
+
+
+class WriterProcess:
+    """The rank's end: give one order at a time, ask for its reply without waiting, or wait a while."""
+
+    def __init__(self, command: Sequence[str] = START_COMMAND) -> None:
+        self._command = command
+        self._memory = SharedMemory()
+        self._received = b""
+        self._start()
+
+    def reserve(self, size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """Make the shared memory large enough for the snapshots to come, and return it."""
+        return self._memory.reserve(size)
+
+    def write(self, attempt: Path, contents: RankContents) -> None:
+        """Copy the tensors of `contents` (this is what training waits for) and order them written into `attempt`."""
+        layout: dict[str, list[tuple[str, str, tuple[int, ...], int]]] = {}
+        position = 0
+        for name, tensors in contents.tensors.items():
+            layout[name] = []
+            for key, source in tensors.items():
+                layout[name].append((key, source.dtype, source.shape, position))
+                position += -(-source.bytes // ALIGNMENT) * ALIGNMENT
+        memory = self._memory.reserve(max(position, ALIGNMENT))
+        for name, placed in layout.items():
+            for key, dtype, shape, begin in placed:
+                source = contents.tensors[name][key]
+                source.fill(memory[begin : begin + source.bytes].view(numpy_dtype(dtype)).reshape(shape))
+        self._send(
+            {
+                "order": "write",
+                "attempt": str(attempt),
+                "bytes": max(position, ALIGNMENT),
+                "tensors": layout,
+                "texts": dict(contents.texts),
+                "copies": {name: str(source) for name, source in contents.copies.items()},
+            }
+        )
+
+    def commit(self, attempt: Path, target: Path, manifest: str, keep: int, protected: Sequence[int]) -> None:
+        """Order `attempt` to become `target`, and older checkpoints removed; rank 0 only."""
+        places = {"attempt": str(attempt), "target": str(target)}
+        self._send({"order": "commit", **places, "manifest": manifest, "keep": keep, "protected": list(protected)})
+
+    def reply(self, wait_seconds: float = 0.0) -> dict[str, Any] | None:
+        """What came of the order: its result, {fact, remedy} when it failed, None while it is being carried out."""
+        deadline = time.monotonic() + wait_seconds
+        while b"\n" not in self._received:
+            remaining = max(0.0, deadline - time.monotonic())
+            if not select.select([self._replies], [], [], remaining)[0]:
+                return None
+            data = os.read(self._replies, 1 << 20)
+            if not data:
+                return self._gone()
+            self._received += data
+        line, _, self._received = self._received.partition(b"\n")
+        found: dict[str, Any] = json.loads(line)
+        return found
+
+    def close(self) -> None:
+        """End the process; what it was writing stays unfinished and is swept by the next start."""
+        self._stop()
+        self._memory.close()
+
+    def _start(self) -> None:
+        self._received = b""
+        self._process = subprocess.Popen(
+            [*self._command, str(os.getpid()), str(self._memory.descriptor)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            pass_fds=(self._memory.descriptor,),
+            bufsize=0,
+        )
+        if self._process.stdin is None or self._process.stdout is None:
+            raise CannotWriteError("the process that writes checkpoints has no pipes", "report this")
+        self._orders, self._replies = self._process.stdin, self._process.stdout.fileno()
+
+    def _stop(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream is not None:
+                stream.close()
+
+    def _send(self, order: Mapping[str, Any]) -> None:
+        data = memoryview((json.dumps(order) + "\n").encode())
+        if self._process.poll() is not None:
+            # It died idle (out of memory, say): nothing is lost, a new one takes over.
+            self._stop()
+            self._start()
+        with write_errors(Path(str(order["attempt"]))):
+            while data:
+                data = data[self._orders.write(data) :]
+
+    def _gone(self) -> dict[str, Any]:
+        code = self._process.wait()
+        how = f"by {signal.Signals(-code).name}" if code < 0 else f"with code {code}"
+        return {"fact": f"the process that writes checkpoints was ended {how}", "remedy": "see whether memory ran out"}
+
+
+def serve(orders: int, replies: int, memory: int, on_phase: Callable[[str], None] = lambda phase: None) -> None:
+    """Carry out orders until there are no more; descriptors of the pipes and of the shared memory."""
+    with open(orders, "rb") as stream:
+        for line in stream:
+            order = json.loads(line)
+            try:
+                result = _write(order, memory, on_phase) if order["order"] == "write" else _commit(order, on_phase)
+            except SteadfastError as error:
+                result = {"fact": error.fact, "remedy": error.remedy}
+            except Exception as error:
+                # The rank decides what becomes of the run; a dead writer could only be reported as dead.
+                result = {"fact": f"writing failed with {type(error).__name__}: {error}", "remedy": "report this"}
+            data = memoryview((json.dumps(result) + "\n").encode())
+            while data:
+                data = data[os.write(replies, data) :]
+
+
+def main() -> None:
+    """Entry of the process: argv ends with the pid of the rank and the descriptor of the shared memory."""
+    be_a_writer()
+
+
+def be_a_writer(on_phase: Callable[[str], None] = lambda phase: None) -> None:
+    """Tie this process to its rank and serve. Requests to stop reach the whole process group: the rank decides."""
+    parent, memory = int(sys.argv[-2]), int(sys.argv[-1])
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    with suppress(SteadfastError):
+        die_with_parent(parent)
+    with suppress(OSError):
+        os.nice(_NICENESS)
+    replies = os.dup(1)
+    os.dup2(2, 1)
+    with suppress(BrokenPipeError):
+        serve(0, replies, memory, on_phase)
+
+
+def _write(order: dict[str, Any], memory: int, on_phase: Callable[[str], None]) -> dict[str, Any]:
+    on_phase("write")
+    attempt = Path(order["attempt"])
+    placed = {
+        file: {key: (dtype, tuple(shape), begin) for key, dtype, shape, begin in tensors}
+        for file, tensors in order["tensors"].items()
+    }
+    # Unmapped when the last array that looks into it is gone: at the end of this function.
+    content = np.frombuffer(mmap.mmap(memory, order["bytes"], prot=mmap.PROT_READ), np.uint8)
+
+    def read(file: str, key: str) -> np.ndarray[Any, Any]:
+        dtype, shape, begin = placed[file][key]
+        kind = np.dtype(numpy_dtype(dtype))
+        return content[begin : begin + math.prod(shape) * kind.itemsize].view(kind)
+
+    shapes = {file: {key: entry[:2] for key, entry in tensors.items()} for file, tensors in placed.items()}
+    copies = {name: Path(source) for name, source in order["copies"].items()}
+    with write_errors(attempt):
+        # Made by rank 0 already, but a network file system may not show it here yet.
+        attempt.mkdir(exist_ok=True)
+        files = write_files(attempt, shapes, read, order["texts"], copies, lambda: on_phase("middle of the file"))
+    on_phase("written")
+    return {"files": files}
+
+
+def _commit(order: dict[str, Any], on_phase: Callable[[str], None]) -> dict[str, Any]:
+    on_phase("commit")
+    target = Path(order["target"])
+    publish(Path(order["attempt"]), target, order["manifest"], on_phase)
+    on_phase("retain")
+    retain(target.parent, order["keep"], int(target.name.rpartition("-")[2]), frozenset(order["protected"]))
+    return {"committed": target.name}
