@@ -72,11 +72,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Replay and print."""
+    from tools.models import quiet_transformers
     from trainer.data.store.inspect import visible
     from trainer.state import finite
 
     if arguments.documents < 1:
         raise UsageError(f"--documents {arguments.documents} is too few", "give 1 or more")
+    quiet_transformers()
     blame = blame_step(arguments.run_dir, arguments.step, arguments.documents)
     if arguments.json:
         print(json.dumps(finite(asdict(blame)), ensure_ascii=False))

@@ -246,7 +246,6 @@ def _train_watched(
         keep=config.checkpoint.keep,
         newest=restored.step if restored else None,
         mirror=_uploads(config, run, restored) if world.is_first else None,
-        # Whoever lost the run directory to another start must not commit any more.
         on_phase=on_phase.of_save,
     )
     saver = RunSaver(capture, saves)
@@ -277,6 +276,7 @@ def _train_watched(
 
 
 def _check_lock(lock: RunLock | None, phase: str, step: int) -> None:
+    # Whoever lost the run directory to another start must not commit any more.
     if lock is not None and phase in ("save:open", "save:settle", "save:rename"):
         lock.check()
 

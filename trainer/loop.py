@@ -61,6 +61,9 @@ class Saver(Protocol):
     def settle(self, votes: float) -> list[SaveReport]:
         """At a step boundary: which saves have ended."""
 
+    def wait(self) -> list[SaveReport]:
+        """Wait until no save is under way."""
+
     def begin(self, state: TrainState, metrics: dict[str, float]) -> list[SaveReport]:
         """Start saving; `metrics` are those of an evaluation at this very step."""
 
@@ -149,6 +152,8 @@ def fit(loop: Loop, state: TrainState) -> tuple[TrainState, bool]:
             observer.on_step(state, batch, result, seconds)
         _tell(loop, state, loop.saver.settle(result.save_votes))
         if state.skipped_in_a_row >= loop.max_skipped_steps:
+            # A save under way is of weights that were good.
+            _tell(loop, state, loop.saver.wait())
             raise DivergedError(
                 f"{state.skipped_in_a_row} steps in a row had a non-finite gradient, the last was step {state.step}",
                 "lower optimizer.learning_rate, look at the rows of these steps in bad-steps/, or set "
@@ -164,7 +169,12 @@ def fit(loop: Loop, state: TrainState) -> tuple[TrainState, bool]:
         due = loop.save_due(state.step)
         if due or last or stopping:
             loop.on_phase("save", state.step)
-            loop.before_save(state)
+            try:
+                loop.before_save(state)
+            except DivergedError:
+                # All ranks come here together: what is being saved shall not be lost with the run.
+                _tell(loop, state, loop.saver.wait())
+                raise
             save = loop.saver.finish if last or stopping else loop.saver.begin
             _tell(loop, state, save(state, metrics))
     loop.on_phase("end", state.step)

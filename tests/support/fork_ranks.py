@@ -16,9 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from launch.contract import resolve
-from launch.train_command import _be_a_rank
-from trainer.config.load import load_config
+import steadfast
 from trainer.engine import device as devices
 
 
@@ -71,9 +69,7 @@ def fork(request: dict, rank: int, port: int) -> int:
     if request.get("before"):
         module, name = request["before"].split(":")
         getattr(importlib.import_module(module), name)()
-    config = load_config(Path(request["config"]), request["overrides"])
-    _be_a_rank(config, resolve(os.environ), show_traceback=False)
-    return 0
+    os._exit(steadfast.main(["train", request["config"], *request["overrides"]]))
 
 
 if __name__ == "__main__":

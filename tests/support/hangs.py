@@ -16,7 +16,7 @@ def mismatched_collectives() -> None:
     def add_up(values):
         nonlocal steps
         # The sum of a step also carries the time of every rank.
-        steps += len(values) == 4
+        steps += len(values) > 3
         if steps == 4 and os.environ["RANK"] == "1":
             dist.all_gather([torch.zeros(1), torch.zeros(1)], torch.zeros(1))
         return original(values)

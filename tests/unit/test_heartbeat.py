@@ -45,7 +45,7 @@ def test_only_steps_after_the_first_of_a_process_are_held_to_the_short_bound(tmp
     heartbeat.close()
     slow, quick = (90.0, True), (7.0, False)
     assert found == [slow, slow, slow, slow, quick, quick, slow, quick, slow]
-    assert mark.marks == 10
+    assert mark.marks == 9, "phases inside a save do not count"
     assert not list((tmp_path / "errors").iterdir())
 
 

@@ -17,7 +17,7 @@ def events_of(steps: list[tuple[float, ...]]) -> list[tuple[int, int, float]]:
 
 
 def result(times: tuple[float, ...]) -> StepResult:
-    return StepResult(1.0, 1.0, 1e-3, 10, 10, True, False, times)
+    return StepResult(1.0, 1.0, 1e-3, 10, 10, True, False, 0.0, times)
 
 
 SLOW, EVEN = (1.0, 1.0, 2.0, 1.1), (1.0, 1.0, 1.4, 1.1)

@@ -164,6 +164,10 @@ class RunSaver:
         """See Saves.settle."""
         return self.saves.settle(votes, self.capture.world.world_size)
 
+    def wait(self) -> list[SaveReport]:
+        """See Saves.wait."""
+        return self.saves.wait()
+
     def begin(self, state: TrainState, metrics: dict[str, float]) -> list[SaveReport]:
         """Start saving `state`; returns saves that ended meanwhile. `metrics` were evaluated at this step."""
         return self._begin(state, metrics, brief=self.saves.writer is not None)

@@ -118,7 +118,8 @@ def main(post: Post, page_fd: int, link_fd: int) -> None:
     watch = _Watch(post, page)
     last = awake_since = time.monotonic()
     acquitted_until = 0.0
-    while not _ended(link, watch.interval):
+    # A child of the rank may hold its end of the link open.
+    while not _ended(link, watch.interval) and os.getppid() == post.pid:
         now = time.monotonic()
         if now - last > 2 * watch.interval + 5.0:
             # We were suspended ourselves, probably together with all others.

@@ -28,12 +28,20 @@ def layer_norms(engine: SavableEngine) -> dict[str, tuple[float, float]]:
     with torch.no_grad():
         for piece in engine.owned_slices():
             for kind, tensor in piece.tensors.items():
-                square = float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
-                squares[layer_of(piece.name)][0 if kind == "master" else 1] += square
+                squares[layer_of(piece.name)][0 if kind == "master" else 1] += _norm(tensor) ** 2
     sums = collectives.add_up([value for layer in layers for value in squares[layer]])
     # The sum over ranks of squares beyond float64 is infinite, and so are the weights by then.
     roots = [math.sqrt(value) if value >= 0 else value for value in sums]
     return {layer: (roots[2 * index], roots[2 * index + 1]) for index, layer in enumerate(layers)}
+
+
+def _norm(tensor: torch.Tensor) -> float:
+    # Not in float64: that would copy the tensor, which a full GPU has no room for.
+    norm = float(torch.linalg.vector_norm(tensor))
+    if not math.isfinite(norm) and bool(torch.isfinite(tensor).all()):
+        # Only the sum of squares is too large; the largest element tells the order of magnitude.
+        norm = float(tensor.abs().max())
+    return norm
 
 
 def refuse_bad_weights(engine: SavableEngine, step: int) -> None:
