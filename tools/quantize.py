@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tools.chat import Prompts
 from trainer.errors import DataError, MissingInputError, UsageError
 
 if TYPE_CHECKING:
@@ -253,6 +252,8 @@ def _prompts(
     model: Path, tokenizer: Any, texts: Sequence[str | Sequence[dict[str, Any]]] | None
 ) -> tuple[list[list[int]], str]:
     """Token ids to compare on, and where they come from."""
+    from tools.chat import Prompts
+
     prompts: list[list[int]] = []
     origins = []
     proof = model / "proof.json"

@@ -10,6 +10,7 @@ import pytest
 
 from trainer.checkpoint.verify import Manifest, manifest_text, read_manifest
 from trainer.data.encode.tokenizer import load_tokenizer
+from trainer.data.store.reader import manifest_text as stored_manifest_text
 from trainer.data.store.reader import _checked_manifest, body_hash
 from trainer.errors import CheckpointError, DataError, SteadfastError
 from trainer.model.load import check_inventory, load_language_model, stored_shapes
@@ -121,7 +122,7 @@ def test_a_thousand_hostile_names_and_none_leaves_its_directory(tmp_path, store)
         changed = {**stored, "files": [{**stored["files"][-1], "name": name}]}
         changed["body_sha256"] = body_hash(changed)
         with pytest.raises(DataError, match="names the file"):
-            _checked_manifest(json.dumps(changed).encode(), "manifest.json")
+            _checked_manifest(stored_manifest_text(changed).encode(), "manifest.json")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "model", "secret"]
 
 
