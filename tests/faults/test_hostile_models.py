@@ -10,8 +10,8 @@ import pytest
 
 from trainer.checkpoint.verify import Manifest, manifest_text, read_manifest
 from trainer.data.encode.tokenizer import load_tokenizer
-from trainer.data.store.reader import manifest_text as stored_manifest_text
 from trainer.data.store.reader import _checked_manifest, body_hash
+from trainer.data.store.reader import manifest_text as stored_manifest_text
 from trainer.errors import CheckpointError, DataError, SteadfastError
 from trainer.model.load import check_inventory, load_language_model, stored_shapes
 from trainer.names import is_plain_name, is_plain_path
