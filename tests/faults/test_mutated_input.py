@@ -30,6 +30,7 @@ from trainer.data.encode.rendering import ChatTemplate
 from trainer.data.encode.templates import DEFAULT_CHAT_TEMPLATE
 from trainer.data.store import open_store
 from trainer.data.store.reader import body_hash
+from trainer.data.store.reader import manifest_text as stored_manifest_text
 from trainer.model.load import stored_shapes
 from trainer.tensor_file import TensorFile
 
@@ -146,7 +147,10 @@ def test_manifest_of_a_checkpoint(count, seed, checkpoint, tmp_path):
         if not isinstance(changed, dict):
             return json.dumps(changed).encode()
         text = json.dumps(changed, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")
-        return json.dumps({**changed, "sha256_of_body": hashlib.sha256(text).hexdigest()}).encode()
+        spelt = json.dumps(
+            {**changed, "sha256_of_body": hashlib.sha256(text).hexdigest()}, indent=1, ensure_ascii=False
+        )
+        return f"{spelt}\n".encode("utf-8", "surrogatepass")
 
     def load(given: bytes) -> None:
         (copy / "MANIFEST.json").write_bytes(given)
@@ -233,6 +237,7 @@ def test_manifest_of_a_store(count, seed, store, tmp_path):
         if isinstance(changed, dict):
             with contextlib.suppress(ValueError):
                 changed["body_sha256"] = body_hash(changed)
+                return stored_manifest_text(changed).encode()
         return json.dumps(changed).encode()
 
     copy = tmp_path / "copy"

@@ -401,11 +401,11 @@ def _checked_manifest(content: bytes, file: str) -> dict[str, Any]:
     try:
         manifest = json.loads(content)
         expected = manifest["body_sha256"]
-        actual = body_hash(manifest)
+        # Numbers and escapes can be spelt in several ways, and what is not as we write it was changed.
+        as_written = expected == body_hash(manifest) and content == manifest_text(manifest).encode()
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{file} is damaged: it cannot be read", REBUILD) from error
-    if expected != actual or content != manifest_text(manifest).encode():
-        # The second: numbers and escapes can be spelt in several ways, and what is not as we write it was changed.
+    if not as_written:
         raise DataError(f"{file} is damaged: its content does not match its own hash", REBUILD)
     if manifest.get("schema") != SCHEMA_VERSION:
         raise DataError(
