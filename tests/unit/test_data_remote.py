@@ -343,7 +343,7 @@ def test_no_store_at_a_url(url: str, tmp_path: Path) -> None:
         damage(url, MANIFEST, json.dumps({**manifest, "rows": 1}).encode())
         with pytest.raises(DataError, match="does not match its own hash"):
             open_store(url, cache=cache)
-        manifest["files"].append({"name": "../../evil", "bytes": 1, "xxh3": "0", "sha256": "0"})
+        manifest["files"].append({"name": "../../evil", "bytes": 1, "xxh3": "0" * 32, "sha256": "0" * 64})
         damage(url, MANIFEST, manifest_text({**manifest, "body_sha256": body_hash(manifest)}).encode())
         with pytest.raises(DataError, match="evil"):
             open_store(url, cache=cache)

@@ -136,11 +136,16 @@ def write_store(path: Path, documents: TokenDocuments, sequence_length: int, sha
     manifest: dict[str, Any] = {
         "schema": SCHEMA_VERSION,
         "documents": count,
+        "tokens": int(documents.offsets[-1]),
+        "supervised_tokens": int((documents.spans[:, 1] - documents.spans[:, 0]).sum()),
         "files": [*writer.files, file_entry(name, digest)],
-        "tokenizer_fingerprint": "synthetic",
+        "tokenizer_fingerprint": "0" * 64,
+        "template_sha256": "0" * 64,
         "vocabulary_size": 1 << 16,
         "padding_id": 0,
         "plan": asdict(spec),
+        "labels": [],
+        "class_weights": {},
         "sources": [{"name": "synthetic"}],
         "inputs": [{"name": "synthetic"}],
     }
