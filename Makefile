@@ -3,7 +3,7 @@
 #   make test   all tests, no GPU and no network needed
 #   make check  format, lint, types, import directions
 #   make soak   the long random tests: hours of kills, crash states, corruption and mutated input; SEED=N replays
-#   make test-cluster  drills on a real Slurm of namespaces; skipped, with the reason, where rights are missing
+#   make test-cluster  drills on a real Slurm and Ray of namespaces; skipped, with the reason, where rights are missing
 #
 # PYTHON  the interpreter to start from. A suitable torch it already has is kept and never replaced.
 # TORCH   what to install when there is none.
