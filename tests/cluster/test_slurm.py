@@ -90,8 +90,8 @@ def test_what_is_too_slow_to_save_is_requeued_before_the_time_limit(
     slurm: SlurmCluster, runs: Runs, note: Note
 ) -> None:
     """A rank that stands still is one that saves too slowly: Slurm would end the job for good at its limit."""
-    # Long enough that nobody gives up waiting for it before the limit.
-    run = runs.new("late", engine__timeout_seconds=600)
+    # Long enough that neither its peer nor the watchdog gives up waiting for it before the limit.
+    run = runs.new("late", engine__timeout_seconds=600, engine__hang_seconds=500)
     job = run.submit("--time=3", "--signal=B:USR2@60")
     until(lambda: "step   1/" in run.output(), "the first step", 140)
     os.kill(rank_processes(run)[1], signal.SIGSTOP)
