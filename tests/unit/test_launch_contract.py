@@ -309,17 +309,7 @@ def test_more_ranks_than_visible_gpus_are_refused(tmp_path: Path, monkeypatch: p
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(UsageError, match="this machine shows 1"):
-        train_command.run(
-            argparse.Namespace(
-                config=Path("x.yaml"),
-                overrides=[],
-                nproc=2,
-                max_restarts=0,
-                traceback=False,
-                allow_change=[],
-                strict=False,
-            )
-        )
+        train_command.run(train_arguments(Path("x.yaml"), [], 2))
     with pytest.raises(UsageError, match="--ranks-per-node 2 needs 2 GPUs"):
         command.run(launch("local", "x.yaml", "--ranks-per-node", "2"))
 
@@ -347,33 +337,30 @@ def test_bfloat16_on_a_cpu_is_warned_of_at_the_start(
         monkeypatch.delenv(name, raising=False)
     tiny = Path(__file__).resolve().parents[2] / "configs" / "tiny.yaml"
     for dtype, said in (("bfloat16", 1), ("float32", 0)):
-        arguments = argparse.Namespace(
-            config=tiny,
-            overrides=[f"model.dtype={dtype}"],
-            nproc=2,
-            max_restarts=0,
-            traceback=False,
-            allow_change=[],
-            strict=False,
-        )
+        arguments = train_arguments(tiny, [f"model.dtype={dtype}"], 2)
         assert train_command.run(arguments) == 0
         assert capsys.readouterr().err.count("warning: model.dtype=bfloat16 on a CPU is about 80 times") == said
     # A rank says it when no launcher of ours did, and only the first one.
-    slow = argparse.Namespace(
-        config=tiny,
-        overrides=["model.dtype=bfloat16"],
-        nproc=None,
-        max_restarts=0,
-        traceback=False,
-        allow_change=[],
-        strict=False,
-    )
+    slow = train_arguments(tiny, ["model.dtype=bfloat16"], None)
     for more, said in (({"RANK": "0", "LOCAL_RANK": "0"}, 1), ({LAUNCHER_PID: "1"}, 0), ({"RANK": "1"}, 0)):
         for name, text in (rank_environment(WORLD) | more).items():
             monkeypatch.setenv(name, text)
         assert train_command.run(slow) == 0
         assert capsys.readouterr().err.count("warning: model.dtype") == said
         monkeypatch.delenv(LAUNCHER_PID, raising=False)
+
+
+def train_arguments(config: Path, overrides: list[str], nproc: int | None) -> argparse.Namespace:
+    """What `steadfast train` gets of its parser."""
+    return argparse.Namespace(
+        config=config,
+        overrides=overrides,
+        nproc=nproc,
+        max_restarts=0,
+        traceback=False,
+        allow_change=[],
+        strict=False,
+    )
 
 
 def launch(*words: str) -> argparse.Namespace:
@@ -418,14 +405,4 @@ def test_nproc_inside_a_rank_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
     for name, text in rank_environment(WORLD).items():
         monkeypatch.setenv(name, text)
     with pytest.raises(UsageError, match="--nproc 2 inside a launched rank"):
-        train_command.run(
-            argparse.Namespace(
-                config=Path("x.yaml"),
-                overrides=[],
-                nproc=2,
-                max_restarts=0,
-                traceback=False,
-                allow_change=[],
-                strict=False,
-            )
-        )
+        train_command.run(train_arguments(Path("x.yaml"), [], 2))

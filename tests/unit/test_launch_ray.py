@@ -33,7 +33,7 @@ TINY = ROOT / "configs" / "tiny.yaml"
 API = "http://head:8265"
 
 
-def plan(config: str = "my config.yaml", directory: str = "/work/it's here", **environ: str) -> RayPlan:
+def plan(config: str = "my config.yaml", directory: str = "/shared/it's here", **environ: str) -> RayPlan:
     return plan_ray(
         Path(config), ["run.seed=1", "model.dtype=a b"], run_dir=Path("runs/x"), address=API, nodes=2,
         ranks_per_node=8, gpus_per_node=4, environ=environ, directory=directory, show_traceback=True,
@@ -42,7 +42,7 @@ def plan(config: str = "my config.yaml", directory: str = "/work/it's here", **e
 
 def test_the_entrypoint_is_the_driver_in_our_directory() -> None:
     words = shlex.split(plan().entrypoint)
-    assert words[:3] == ["cd", "/work/it's here", "&&"]
+    assert words[:3] == ["cd", "/shared/it's here", "&&"]
     assert words[3:8] == ["exec", sys.executable, str(ROOT / "steadfast.py"), "launch", "ray"]
     assert words[8:11] == ["my config.yaml", "run.seed=1", "model.dtype=a b"]
     assert words[11:] == ["--nodes", "2", "--ranks-per-node", "8", "--gpus-per-node", "4", "--traceback"]
