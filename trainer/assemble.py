@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from socket import gethostname, socket
@@ -20,8 +20,10 @@ from trainer.config.load import config_as_yaml
 from trainer.config.resume_law import identity_differences
 from trainer.config.schema import Config
 from trainer.data.feed import Feed, evaluation_batches
+from trainer.data.order import Order
 from trainer.data.store import TokenStore, open_store
 from trainer.data.store.packing import RowPlan
+from trainer.data.store.remote import ShardCache
 from trainer.durable import write_file
 from trainer.engine import device as devices
 from trainer.errors import ConfigError, DataError, DivergedError, UsageError
@@ -37,7 +39,7 @@ from trainer.observe.record import Record, recorded
 from trainer.observe.time_ledger import TimeLedger
 from trainer.observe.watchdog import Post
 from trainer.observe.weights import refuse_bad_weights
-from trainer.plan import make_plan
+from trainer.plan import Plan, make_plan
 from trainer.prepare import (
     changed_settings,
     collect_model_files,
@@ -118,7 +120,8 @@ def train_joined(
             writers: list[OnPhase] = [heartbeat] if times is None else [heartbeat, times]
             on_phase = Phases([*writers, faults, partial(_check_lock, lock)])
             try:
-                _train_watched(config, world, stop, run, kind, on_phase, faults, times, skipped, allow_changes, lock)
+                watch = _Watch(on_phase, faults, times, skipped)
+                _train_watched(config, world, stop, run, kind, watch, allow_changes, lock)
                 return
             except DivergedError as error:
                 if config.train.on_divergence != "rewind" or not rewinds_left or not skipped:
@@ -129,16 +132,25 @@ def train_joined(
             gc.collect()
 
 
+@dataclass(frozen=True)
+class _Watch:
+    """Who follows this rank through its phases."""
+
+    on_phase: Phases
+    faults: Faults
+    times: TimeLedger | None
+    """Rank 0's."""
+    skipped: list[dict[str, Any]]
+    """Filled with the steps that were not applied."""
+
+
 def _train_watched(
     config: Config,
     world: World,
     stop: StopFlag,
     run: RunDirectory,
     kind: devices.DeviceType,
-    on_phase: Phases,
-    faults: Faults,
-    times: TimeLedger | None,
-    skipped: list[dict[str, Any]],
+    watch: _Watch,
     allow_changes: Sequence[str],
     lock: RunLock | None,
 ) -> None:
@@ -148,6 +160,7 @@ def _train_watched(
     from trainer.checkpoint.saving import Saves
     from trainer.model.self_check import check_model
 
+    on_phase, times = watch.on_phase, watch.times
     on_phase("start", 0)
     device = devices.torch_device(kind, world.local_rank)
     places = collectives.exchange({"host": gethostname(), "device": devices.device_name(device)})
@@ -156,35 +169,17 @@ def _train_watched(
         # Under the lock: before it these may be those of a run that is just ending.
         run.stopped.unlink(missing_ok=True)
     cache = open_cache(config, world)
-    store = open_store(config.data.train, rank=world.rank, world_size=world.world_size, cache=cache)
-    held_out = open_held_out(config, store, rank=world.rank, world_size=world.world_size, cache=cache)
-    spec = row_spec(config, store)
-    if world.is_first and not store.has_plan(spec):
-        print(f"{store.location} has no {spec.name}: computing it, a second or two per million documents", flush=True)
-    rows = store.plan(spec)
-    if world.is_first:
-        for line in left_out(rows):
-            print(line, flush=True)
-    order = row_order(config, store, rows)
-    plan = make_plan(
-        config,
-        world_size=world.world_size,
-        rows=rows.n_rows,
-        sequence_length=rows.sequence_length,
-        source_epochs=source_epochs(config, store, rows, order),
-    )
-    if world.is_first:
-        prepare_model(config, store, rows, run)
-    collectives.barrier()
+    data = _open_data(config, world, run, cache)
+    store, rows = data.store, data.rows
 
     on_phase("load", 0)
     engine = _build_engine(config, world, run, device, kind)
-    if faults.poisons:
-        engine = PoisonedEngine(engine, faults.take_poison)
+    if watch.faults.poisons:
+        engine = PoisonedEngine(engine, watch.faults.take_poison)
     feed = Feed(
         store,
         rows,
-        order=order,
+        order=data.order,
         global_batch_size=config.train.global_batch_size,
         micro_batch_size=config.train.micro_batch_size,
         rank=world.rank,
@@ -219,16 +214,11 @@ def _train_watched(
     if times is not None:
         # Only now: a start that was refused leaves the record of the run as it was.
         changes = [*_allowed(run, capture, restored), *changed_settings(config, run)] if restored else []
-        write_file(run.config, config_as_yaml(config))
-        write_file(run.plan, json.dumps(plan.as_json(), indent=1) + "\n")
-        collect_model_files(config, store, run)
-        if lock is not None and lock.taken_over is not None:
-            with closing(EventLedger(run.events)) as events:
-                events.record("takeover", holder=lock.taken_over)
+        _write_down(config, run, data, lock)
         record: AbstractContextManager[Record] = recorded(
             config,
             run,
-            plan,
+            data.plan,
             feed,
             restored,
             changes,
@@ -259,20 +249,68 @@ def _train_watched(
             max_skipped_steps=config.train.max_skipped_steps,
             evaluate_every=config.evaluate.every_steps,
             save_due=save_schedule(config.checkpoint, state.step, collectives.add_up, times),
-            evaluate=_evaluation(config, engine, held_out, rows, world, on_phase),
+            evaluate=_evaluation(config, engine, data.held_out, rows, world, on_phase),
             saver=saver,
             observers=observed.observers,
             stop=stop,
             on_phase=on_phase,
             rank=world.rank,
             world_size=world.world_size,
-            on_skip=Forensics(run.path, engine, store, rows, world, skipped).on_skip,
+            on_skip=Forensics(run.path, engine, store, rows, world, watch.skipped).on_skip,
             before_save=lambda state: refuse_bad_weights(engine, state.step),
         )
         final, stopped = fit(loop, state)
         observed.finish(final, stopped, stop.requested)
     if cache is not None:
         cache.close()
+
+
+@dataclass(frozen=True)
+class _Data:
+    """What is trained and evaluated on, and in which order."""
+
+    store: TokenStore
+    held_out: TokenStore | None
+    rows: RowPlan
+    order: Order
+    plan: Plan
+
+
+def _open_data(config: Config, world: World, run: RunDirectory, cache: ShardCache | None) -> _Data:
+    """Open the stores and plan the run; rank 0 also prepares the model's files. All ranks call it together."""
+    from trainer import collectives
+
+    store = open_store(config.data.train, rank=world.rank, world_size=world.world_size, cache=cache)
+    held_out = open_held_out(config, store, rank=world.rank, world_size=world.world_size, cache=cache)
+    spec = row_spec(config, store)
+    if world.is_first and not store.has_plan(spec):
+        print(f"{store.location} has no {spec.name}: computing it, a second or two per million documents", flush=True)
+    rows = store.plan(spec)
+    if world.is_first:
+        for line in left_out(rows):
+            print(line, flush=True)
+    order = row_order(config, store, rows)
+    plan = make_plan(
+        config,
+        world_size=world.world_size,
+        rows=rows.n_rows,
+        sequence_length=rows.sequence_length,
+        source_epochs=source_epochs(config, store, rows, order),
+    )
+    if world.is_first:
+        prepare_model(config, store, rows, run)
+    collectives.barrier()
+    return _Data(store, held_out, rows, order, plan)
+
+
+def _write_down(config: Config, run: RunDirectory, data: _Data, lock: RunLock | None) -> None:
+    """Rank 0: leave in the run directory what this start is."""
+    write_file(run.config, config_as_yaml(config))
+    write_file(run.plan, json.dumps(data.plan.as_json(), indent=1) + "\n")
+    collect_model_files(config, data.store, run)
+    if lock is not None and lock.taken_over is not None:
+        with closing(EventLedger(run.events)) as events:
+            events.record("takeover", holder=lock.taken_over)
 
 
 def _check_lock(lock: RunLock | None, phase: str, step: int) -> None:
