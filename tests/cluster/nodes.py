@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 SUBNET = "10.83.0"
 # Reaps orphans for as long as the node is on, as the first process of a machine does.
@@ -122,6 +122,39 @@ class Node:
         subprocess.run(
             ["nsenter", "--target", str(self._init), "--net", "--", *command.split()], check=True, capture_output=True
         )
+
+
+class Cluster:
+    """Nodes and a directory for what runs on them; use it as a context manager. `nodes[0]` is the head."""
+
+    def __init__(self, state: Path) -> None:
+        self.state = state
+        self.nodes: list[Node] = []
+
+    def __enter__(self) -> Self:
+        try:
+            self._start()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for node in reversed(self.nodes):
+            node.switch_off()
+        self._stop()
+        shutil.rmtree(self.state, ignore_errors=True)
+
+    @property
+    def head(self) -> Node:
+        """The node with the controller."""
+        return self.nodes[0]
+
+    def _start(self) -> None:
+        raise NotImplementedError
+
+    def _stop(self) -> None:
+        """End what runs outside of the nodes."""
 
 
 def make_nodes(names: Sequence[str], directory: Path) -> list[Node]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -12,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.cluster.nodes import Node, make_nodes, until
+from tests.cluster.nodes import Cluster, Node, make_nodes, until
 
 PORT, DASHBOARD_PORT = 6379, 8265
 START_SECONDS = 240
@@ -26,34 +25,15 @@ QUICKER = {
 }
 
 
-class RayCluster:
+class RayCluster(Cluster):
     """`nodes[0]` is the head; it computes, too. Use it as a context manager."""
 
     def __init__(self, nodes: int = 3, *, cpus: int = 1) -> None:
         # Paths of Ray's sockets must be short.
-        self.state = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
+        super().__init__(Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp")))
         self._names = [f"node{number}" for number in range(1, nodes + 1)]
         self._cpus = cpus
         self.token_file = self.state / "token"
-        self.nodes: list[Node] = []
-
-    def __enter__(self) -> RayCluster:
-        try:
-            self._start()
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for node in reversed(self.nodes):
-            node.switch_off()
-        shutil.rmtree(self.state, ignore_errors=True)
-
-    @property
-    def head(self) -> Node:
-        """The node with the controller, the job API and the drivers of jobs."""
-        return self.nodes[0]
 
     @property
     def api(self) -> str:

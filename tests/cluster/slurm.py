@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.cluster.nodes import Node, make_nodes, until, why_not
+from tests.cluster.nodes import Cluster, Node, make_nodes, until, why_not
 
 DAEMONS = ("slurmctld", "slurmd", "munged", "sbatch")
 # Every node claims this much, whatever the machine has.
@@ -73,37 +73,15 @@ def why_no_slurm() -> str | None:
     return why_not()
 
 
-class SlurmCluster:
+class SlurmCluster(Cluster):
     """`nodes[0]` is the head (where one logs in), the others compute. Use it as a context manager."""
 
     def __init__(self, compute_nodes: int = 2, *, grace_seconds: int = 60, kill_wait_seconds: int = 5) -> None:
-        self.state = Path(tempfile.mkdtemp(prefix="slurm-"))
+        super().__init__(Path(tempfile.mkdtemp(prefix="slurm-")))
         self.state.chmod(0o755)
         self._grace, self._kill_wait = grace_seconds, kill_wait_seconds
         self._names = [f"node{number}" for number in range(1, compute_nodes + 1)]
         self._munged: subprocess.Popen[bytes] | None = None
-        self.nodes: list[Node] = []
-
-    def __enter__(self) -> SlurmCluster:
-        try:
-            self._start()
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for node in reversed(self.nodes):
-            node.switch_off()
-        if self._munged is not None:
-            self._munged.kill()
-            self._munged.wait()
-        shutil.rmtree(self.state, ignore_errors=True)
-
-    @property
-    def head(self) -> Node:
-        """The login and controller node."""
-        return self.nodes[0]
 
     def node(self, name: str) -> Node:
         """A node by its name."""
@@ -164,6 +142,11 @@ class SlurmCluster:
             return self.run("sinfo", "-h", "-N", "-p", "batch", "-n", ",".join(names), "-o", "%T").stdout.split()
 
         until(lambda: states() == ["idle"] * len(names), f"{names} are idle", seconds, 0.2)
+
+    def _stop(self) -> None:
+        if self._munged is not None:
+            self._munged.kill()
+            self._munged.wait()
 
     def _start(self) -> None:
         state = self.state
