@@ -117,7 +117,7 @@ def test_a_slow_rank_is_named_and_the_run_goes_on(tmp_path, server):
     codes, outputs = server.run(tmp_path, faults, before="tests.support.hangs:impatient")
     assert codes == [0, 0]
     assert "warning: rank 1 on " in outputs[0]
-    assert " for 3 steps, up to step " in outputs[0]
+    assert " in the 3 steps up to step " in outputs[0]
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     # On a busy machine it may have been slow by itself in a step or two before the fault.
     assert [event["rank"] for event in events if event["event"] == "straggler" and 3 <= event["step"] <= 5] == [1]

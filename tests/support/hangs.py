@@ -26,4 +26,4 @@ def mismatched_collectives() -> None:
 
 def impatient() -> None:
     """Slow ranks are named after three steps."""
-    stragglers.STEPS = 3
+    stragglers.STEPS = stragglers.ENOUGH = 3

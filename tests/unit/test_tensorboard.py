@@ -66,3 +66,15 @@ def test_nothing_is_cut_where_nothing_is_later(tmp_path):
     before = next(tmp_path.iterdir()).read_bytes()
     cut_back_events(tmp_path, 5)
     assert next(tmp_path.iterdir()).read_bytes() == before
+
+
+def test_a_message_is_shown_at_its_step(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = TensorBoard(tmp_path, 0)
+    board.say(7, "rank 2 on c is slow")
+    board.close()
+    accumulated = EventAccumulator(str(tmp_path))
+    accumulated.Reload()
+    (event,) = accumulated.Tensors("messages/text_summary")
+    assert (event.step, event.tensor_proto.string_val[0].decode()) == (7, "rank 2 on c is slow")

@@ -21,7 +21,7 @@ EVENT_OF_SAVE = {
 
 
 class EventLedger:
-    """Writes events.jsonl: takeover, start, resume, skip, evaluate, commit, save_failed, upload, stop, done, fault."""
+    """Writes events.jsonl: takeover, start, resume, skip, straggler, evaluate, commit, stop, done, ..."""
 
     def __init__(self, path: Path) -> None:
         self._lines = JsonLines(path, durable=True)

@@ -26,6 +26,11 @@ class TensorBoard:
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
 
+    def say(self, step: int, text: str) -> None:
+        """Show a message at `step`, under Text."""
+        self._writer.add_text("messages", text, step)
+        self._writer.flush()
+
     def close(self) -> None:
         """Write what is buffered."""
         self._writer.close()
