@@ -38,7 +38,6 @@ from trainer.observe.quarantine import put_into_quarantine, quarantined_position
 from trainer.observe.record import Record, recorded
 from trainer.observe.time_ledger import TimeLedger
 from trainer.observe.watchdog import Post
-from trainer.observe.weights import refuse_bad_weights
 from trainer.plan import Plan, make_plan
 from trainer.prepare import (
     changed_settings,
@@ -118,7 +117,7 @@ def train_joined(
             times = TimeLedger(run, world.world_size, collectives.blocked_seconds) if world.is_first else None
             # Faults come after those who write: what they strike down in a phase has begun it.
             writers: list[OnPhase] = [heartbeat] if times is None else [heartbeat, times]
-            on_phase = Phases([*writers, faults, partial(_check_lock, lock)])
+            on_phase = Phases([*writers, faults])
             try:
                 watch = _Watch(on_phase, faults, times, skipped)
                 _train_watched(config, world, stop, run, kind, watch, allow_changes, lock)
@@ -237,6 +236,7 @@ def _train_watched(
         newest=restored.step if restored else None,
         mirror=_uploads(config, run, restored) if world.is_first else None,
         on_phase=on_phase.of_save,
+        lock=lock,
     )
     saver = RunSaver(capture, saves)
     with closing(engine), record as observed, closing(feed), closing(saves):
@@ -257,7 +257,6 @@ def _train_watched(
             rank=world.rank,
             world_size=world.world_size,
             on_skip=Forensics(run.path, engine, store, rows, world, watch.skipped).on_skip,
-            before_save=lambda state: refuse_bad_weights(engine, state.step),
         )
         final, stopped = fit(loop, state)
         observed.finish(final, stopped, stop.requested)
@@ -311,12 +310,6 @@ def _write_down(config: Config, run: RunDirectory, data: _Data, lock: RunLock | 
     if lock is not None and lock.taken_over is not None:
         with closing(EventLedger(run.events)) as events:
             events.record("takeover", holder=lock.taken_over)
-
-
-def _check_lock(lock: RunLock | None, phase: str, step: int) -> None:
-    # Whoever lost the run directory to another start must not commit any more.
-    if lock is not None and phase in ("save:open", "save:settle", "save:rename"):
-        lock.check()
 
 
 def _quarantined(run: RunDirectory, world: World) -> list[int]:

@@ -85,16 +85,29 @@ def add_up(values: Sequence[float]) -> list[float]:
 
 
 def exchange(message: dict[str, Any]) -> list[dict[str, Any]]:
-    """All-gather one JSON object a rank; everyone gets the list in rank order."""
-    payload = torch.frombuffer(bytearray(json.dumps(message).encode()), dtype=torch.uint8)
-    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, torch.tensor([payload.numel()]))
-    longest = max(int(size) for size in sizes)
-    padded = torch.zeros(longest, dtype=torch.uint8)
-    padded[: payload.numel()] = payload
-    gathered = [torch.zeros(longest, dtype=torch.uint8) for _ in sizes]
-    dist.all_gather(gathered, padded)
-    return [json.loads(bytes(text[: int(size)].numpy().tobytes())) for text, size in zip(gathered, sizes, strict=True)]
+    """All-gather one JSON object a rank; everyone gets the list in rank order.
+
+    One collective as long as all messages are short, which is what training waits for during a save; else two.
+    """
+    text = json.dumps(message).encode()
+    framed = len(text).to_bytes(_LENGTH_BYTES, "little") + text
+    answers = _gather(framed, _SHORT)
+    sizes = [_LENGTH_BYTES + int.from_bytes(answer[:_LENGTH_BYTES], "little") for answer in answers]
+    if max(sizes) > _SHORT:
+        answers = _gather(framed, max(sizes))
+    return [json.loads(answer[_LENGTH_BYTES:size]) for answer, size in zip(answers, sizes, strict=True)]
+
+
+_LENGTH_BYTES = 8
+_SHORT = 2048
+
+
+def _gather(content: bytes, size: int) -> list[bytes]:
+    """The first `size` bytes of every rank's content, filled up with zeros."""
+    mine = torch.frombuffer(bytearray(content[:size].ljust(size, b"\0")), dtype=torch.uint8)
+    gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, mine)
+    return [part.numpy().tobytes() for part in gathered]
 
 
 def barrier() -> None:

@@ -124,8 +124,6 @@ class Loop:
     world_size: int = 1
     on_skip: Callable[[TrainState, StepBatch, StepResult], None] = lambda state, batch, result: None
     """Called on all ranks after a step that was not applied."""
-    before_save: Callable[[TrainState], None] = lambda state: None
-    """Called on all ranks; raises when the state must not be saved."""
 
 
 def fit(loop: Loop, state: TrainState) -> tuple[TrainState, bool]:
@@ -169,12 +167,6 @@ def fit(loop: Loop, state: TrainState) -> tuple[TrainState, bool]:
         due = loop.save_due(state.step)
         if due or last or stopping:
             loop.on_phase("save", state.step)
-            try:
-                loop.before_save(state)
-            except DivergedError:
-                # All ranks come here together: what is being saved shall not be lost with the run.
-                _tell(loop, state, loop.saver.wait())
-                raise
             save = loop.saver.finish if last or stopping else loop.saver.begin
             _tell(loop, state, save(state, metrics))
     loop.on_phase("end", state.step)

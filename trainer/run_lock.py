@@ -13,7 +13,8 @@ A holder is stale, and the next start takes over, when
     its Slurm job is gone, or is this very job, started again,
     or it has not touched its file for 3 periods, by the file server's clock, nor while we looked on for one more.
 
-A holder that was only frozen finds itself superseded at its next commit and stops: `check`. Torch-free.
+A holder that was only frozen finds itself superseded within a heartbeat (`lost`) and in any case before its next commit
+(`check_holder`), and stops. Torch-free.
 """
 
 from __future__ import annotations
@@ -72,18 +73,17 @@ class RunLock:
         self.path = path
         self.taken_over = taken_over
         """From whom and why, when an earlier holder had not released the directory."""
+        self.lost = False
+        """Whether a heartbeat has found another holder: this process was taken for dead, and must not write."""
+        self.file = file
+        """The file that names this process as the holder."""
         self._stream = stream
-        self._file = file
         self._closed = threading.Event()
         threading.Thread(target=self._beat, args=(period,), name="run lock", daemon=True).start()
 
     def check(self) -> None:
-        """Raise RunLockedError when another process has taken over: this one was taken for dead, and must not write."""
-        if not self._closed.is_set() and _newest(self.path)[0] != self._file:
-            raise RunLockedError(
-                f"{self.path} was taken over by {_newest(self.path)[1] or 'another process'} while this one was frozen",
-                "nothing was lost; that run goes on",
-            )
+        """See check_holder."""
+        check_holder(self.file)
 
     def close(self) -> None:
         """Release the directory."""
@@ -91,11 +91,11 @@ class RunLock:
             return
         self._closed.set()
         with suppress(OSError):
-            holder = _read(self._file)
+            holder = _read(self.file)
             if holder is not None:
-                temporary = self._file.with_name(f".{self._file.name}.{os.getpid()}")
+                temporary = self.file.with_name(f".{self.file.name}.{os.getpid()}")
                 temporary.write_text(json.dumps({**asdict(holder), "released": True}) + "\n")
-                temporary.replace(self._file)
+                temporary.replace(self.file)
         self._stream.close()
 
     def __enter__(self) -> RunLock:
@@ -109,8 +109,22 @@ class RunLock:
     def _beat(self, period: float) -> None:
         while not self._closed.wait(period):
             with suppress(OSError):
+                self.lost = self.lost or _newest(self.path)[0] != self.file
                 # Without a time of ours: the file server's clock is the one that everybody reads.
-                os.utime(self._file)
+                os.utime(self.file)
+
+
+def check_holder(file: Path) -> None:
+    """Raise RunLockedError unless `file` still names the holder of its run directory.
+
+    Whoever finds another one was taken for dead while it was frozen, and must not write any more.
+    """
+    newest, holder = _newest(file.parent)
+    if newest != file:
+        raise RunLockedError(
+            f"{file.parent} was taken over by {holder or 'another process'} while this run was frozen",
+            "nothing was lost; that run goes on",
+        )
 
 
 def take(path: Path, *, period: float = HEARTBEAT_SECONDS, environ: Mapping[str, str] = os.environ) -> RunLock:

@@ -126,6 +126,14 @@ def test_a_slow_rank_is_named_and_the_run_goes_on(tmp_path, server):
     assert [slowest[step] for step in range(3, 7)] == [1.0] * 4
 
 
+def test_a_run_that_another_start_took_over_ends_with_77_on_all_ranks(tmp_path, server):
+    overrides = ["checkpoint.every_steps=2", "train.max_steps=400"]
+    codes, outputs = server.run(tmp_path, before="tests.support.takeover:before_the_second_save", overrides=overrides)
+    assert codes == [77, 77]
+    assert all("was taken over by pid 1234 on node007" in output for output in outputs)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")] == ["step-00000002"]
+
+
 def test_a_launcher_says_71_when_its_only_rank_had_to_be_killed(tmp_path, store):
     config = tmp_path / "c.yaml"
     run = tmp_path / "run"

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,8 @@ from trainer.world import World
 
 PROBE_POSITIONS = 8
 """Positions of each probe prompt whose logits are stored."""
-BRIEF_PROMPTS, BRIEF_LENGTH = 2, 16
-"""What a save that training waits for as little as possible asks of each probe prompt."""
+BRIEF_PROMPTS, BRIEF_LENGTH = 1, PROBE_POSITIONS
+"""What a save that training waits for as little as possible asks: one forward, in which reading the weights is most."""
 _TORCH_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
@@ -66,7 +66,7 @@ class Capture:
         tensors = {rank_file(self.world.rank, self.world.world_size): own}
         if not self.world.is_first:
             return RankContents(tensors)
-        for name, buffer in persistent_buffers(self.engine.language_model).items():
+        for name, buffer in self._buffers.items():
             wide = buffer.detach().float() if buffer.is_floating_point() else buffer.detach()
             array = wide.cpu().contiguous().numpy()
             own[f"buffer:0:{name}"] = from_array(array, DTYPE_NAMES[array.dtype])
@@ -78,7 +78,7 @@ class Capture:
         return RankContents(
             tensors,
             texts={"state.json": json.dumps(body, indent=1) + "\n"},
-            copies={f"model/{source.name}": source for source in sorted(self.model_files.iterdir())},
+            copies=self._copies,
         )
 
     def tensor_bytes(self) -> int:
@@ -87,23 +87,15 @@ class Capture:
 
     def manifest(self, state: TrainState, metrics: dict[str, float], files: Files) -> Manifest:
         """The manifest of a checkpoint of `state` that consists of `files`; `metrics` were evaluated at that step."""
-        model = self.engine.language_model
         return Manifest(
             step=state.step,
             world_size=self.world.world_size,
             files=files,
-            parameters={
-                name: {
-                    "shape": list(true_shape(parameter)),
-                    "dtype": str(parameter.dtype).removeprefix("torch."),
-                    **({} if parameter.requires_grad else {"frozen": True}),
-                }
-                for name, parameter in model.named_parameters()
-            },
-            tied=tied_names(model),
+            parameters=self._parameters,
+            tied=self._tied,
             buffers={
                 name: {"shape": list(buffer.shape), "dtype": str(buffer.dtype).removeprefix("torch.")}
-                for name, buffer in persistent_buffers(model).items()
+                for name, buffer in self._buffers.items()
             },
             identity=self.identity,
             provenance={
@@ -116,6 +108,31 @@ class Capture:
                 EVALUATION: finite(metrics),
             },
         )
+
+    # What is the same in all saves of a run is looked up once: training waits for the rest.
+
+    @cached_property
+    def _copies(self) -> dict[str, Path]:
+        return {f"model/{source.name}": source for source in sorted(self.model_files.iterdir())}
+
+    @cached_property
+    def _parameters(self) -> dict[str, dict[str, Any]]:
+        return {
+            name: {
+                "shape": list(true_shape(parameter)),
+                "dtype": str(parameter.dtype).removeprefix("torch."),
+                **({} if parameter.requires_grad else {"frozen": True}),
+            }
+            for name, parameter in self.engine.language_model.named_parameters()
+        }
+
+    @cached_property
+    def _tied(self) -> dict[str, str]:
+        return tied_names(self.engine.language_model)
+
+    @cached_property
+    def _buffers(self) -> dict[str, torch.Tensor]:
+        return persistent_buffers(self.engine.language_model)
 
     def _slices(self) -> dict[str, TensorSource]:
         return {

@@ -15,12 +15,15 @@ from typing import Any
 
 import numpy as np
 
+from trainer.checkpoint.slices import parameter_of
 from trainer.durable import sync_file, write_file, xxh3_of_file
+from trainer.errors import DivergedError
 from trainer.tensor_file import DTYPE_BYTES, NUMPY_DTYPES, TensorFileWriter
 
 SPARE_BYTES = 1 << 20
 """What a checkpoint takes beside its contents: manifest, directories, the last block of each file."""
 _HEADER_BYTES = 160
+_CHECKED_AT_ONCE = 1 << 20
 
 Files = dict[str, dict[str, Any]]
 """Relative file name to {bytes, xxh3_128}."""
@@ -108,13 +111,16 @@ def write_files(
 ) -> Files:
     """Write tensor files from `read(file, key)`, texts and copies below `place`, each synced; sizes and hashes.
 
-    `on_tensor` is called after each tensor; fault tests stop the process there.
+    `on_tensor` is called after each tensor; fault tests stop the process there. Raises DivergedError when a slice of
+    weights or moments is not finite: the check is made here and not by the rank, which would train on meanwhile.
     """
     files: Files = {}
     for name, tensors in shapes.items():
         with TensorFileWriter(place / name, tensors) as file:
-            for key in tensors:
-                file.write(key, read(name, key))
+            for key, (dtype, _) in tensors.items():
+                content = read(name, key)
+                _refuse_bad_numbers(key, content, dtype)
+                file.write(key, content)
                 on_tensor()
         files[name] = {"bytes": file.finished.bytes, "xxh3_128": file.finished.xxh3_128}
     for name, text in texts.items():
@@ -124,6 +130,22 @@ def write_files(
         shutil.copyfile(source, place / name)
         sync_file(place / name)
     return files | {name: describe_file(place / name) for name in (*texts, *copies)}
+
+
+def _refuse_bad_numbers(key: str, content: np.ndarray[Any, Any], dtype: str) -> None:
+    parameter = parameter_of(key)
+    if parameter is None:
+        return
+    flat = content.reshape(-1)
+    for begin in range(0, flat.size, _CHECKED_AT_ONCE):
+        part = flat[begin : begin + _CHECKED_AT_ONCE]
+        # bfloat16 comes as bit patterns; infinity and NaN are those with all bits of the exponent set.
+        good = (part & 0x7F80) != 0x7F80 if dtype == "BF16" else np.isfinite(part)
+        if not good.all():
+            raise DivergedError(
+                f"the weights or moments of {parameter} are not finite",
+                "the newest checkpoint is from before; lower optimizer.learning_rate, then start again",
+            )
 
 
 def describe_file(path: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Saves of a running training: one at a time, in the background, given up cleanly when they fail.
 
-    begin    all ranks together: is there room; copy this rank's state to shared memory (training waits for this only)
+    begin    all ranks: copy the state to shared memory, which is all that training waits for (the first time, and after
+             a failure, also make room together)
     ...      training goes on; each rank's writer process hashes, writes and syncs
     settle   at a step boundary, once every rank's writer has settled: commit is ordered, or the attempt given up
     ...      training goes on; rank 0's writer writes the manifest, renames, removes old checkpoints
@@ -26,19 +27,25 @@ from trainer.checkpoint.commit import (
     abandon,
     attempt_directory,
     commit_checkpoint,
+    common_error,
+    failure,
     open_attempt,
+    require_room,
 )
 from trainer.checkpoint.contents import SPARE_BYTES, Files, RankContents, write_contents
 from trainer.checkpoint.retention import retain
 from trainer.checkpoint.verify import Manifest, manifest_text, step_directory
 from trainer.checkpoint.writer_process import WriterProcess
-from trainer.errors import CannotWriteError, SteadfastError
+from trainer.errors import CannotWriteError, DivergedError, RunLockedError, SteadfastError
+from trainer.run_lock import RunLock
 from trainer.state import SaveReport
 
 MAX_FAILURES = 3
 """Saves in a row that may be given up before the run stops."""
 FAILED = float(1 << 24)
 """More than any number of ranks."""
+FENCED = float(1 << 50)
+"""More than any number of failures; sums of all of them are exact in float64."""
 _POLL_SECONDS = 0.02
 
 
@@ -97,6 +104,8 @@ class Saves:
     mirror: Mirror | None = None
     on_phase: Callable[[str], None] = lambda phase: None
     """Called as each phase begins; fault tests stop the process here."""
+    lock: RunLock | None = None
+    """Rank 0's right to write to the run directory."""
     _failures: int = field(default=0, init=False)
     _needed: int = field(default=0, init=False)
     """Bytes that the checkpoint before took."""
@@ -107,22 +116,26 @@ class Saves:
     ) -> list[SaveReport]:
         """Start saving `step`; waits for the save before, if that is still under way. `describe` serves rank 0.
 
-        Returns what ended meanwhile. Raises CannotWriteError on all ranks after MAX_FAILURES saves in a row failed.
+        Returns what ended meanwhile. Raises, on all ranks: CannotWriteError after MAX_FAILURES saves in a row failed,
+        DivergedError when weights or moments are not finite, RunLockedError when the run directory was lost.
         """
         reports = self.wait()
         began = time.monotonic()
         save = _InFlight(step, describe, began)
         self.on_phase("open")
         parts = contents()
-        if (problem := self._open(step, parts.disk_bytes)) is not None:
+        # A save that follows a good one takes the same room and finds nothing to clear away: its writers see to it.
+        together = self.writer is None or self._failures > 0 or self._needed == 0
+        if together and (problem := self._open(step, parts.disk_bytes)) is not None:
             return [*reports, self._ended(save, problem)]
         self.on_phase("snapshot")
         if self.writer is None:
             return [*reports, self._ended(save, self._write_here(save, parts))]
         try:
-            self.writer.write(attempt_directory(self.checkpoints, step), parts)
+            needed = self._needed if self.rank == 0 else 0
+            self.writer.write(attempt_directory(self.checkpoints, step), parts, needed)
         except (SteadfastError, OSError, MemoryError) as error:
-            save.outcome = _failure(error)
+            save.outcome = failure(error)
         save.blocked = time.monotonic() - began
         self._in_flight = save
         return reports
@@ -131,9 +144,12 @@ class Saves:
     def vote(self) -> float:
         """This rank's share of the sum that `settle` gets.
 
-        1 when it has nothing more to do in the present phase, FAILED more when that went wrong.
+        1 when it has nothing more to do in the present phase, FAILED more when that went wrong; FENCED, save or not,
+        when the run directory was lost.
         """
         save = self._in_flight
+        if self.lock is not None and self.lock.lost:
+            return FENCED
         if save is None:
             return 0.0
         if save.outcome is None and self.writer is not None:
@@ -142,15 +158,20 @@ class Saves:
         return 0.0 if save.outcome is None else 1.0 + (FAILED if "fact" in save.outcome else 0.0)
 
     def settle(self, votes: float, ranks: int) -> list[SaveReport]:
-        """Move on when all ranks voted for it; `votes` is the sum over `ranks` ranks. Returns the save if it ended."""
+        """Move on when all ranks voted for it; `votes` is the sum over `ranks` ranks. Returns the save if it ended.
+
+        Raises what `begin` raises.
+        """
+        if votes >= FENCED:
+            raise self._fenced()
         began = time.monotonic()
         reports = self.mirror.reports() if self.mirror is not None else []
         save = self._in_flight
         if save is None or votes % FAILED < ranks:
             return reports
         # When all went well, a commit has nothing to tell but that.
-        outcomes = [] if save.committing and votes < FAILED else self.exchange(save.outcome or {})
-        problem = _first_problem(outcomes)
+        outcomes = [] if save.committing and votes < FAILED else self.exchange(self._checked(save))
+        problem = common_error(outcomes)
         attempt = attempt_directory(self.checkpoints, save.step)
         if problem is None and not save.committing:
             self.on_phase("settle")
@@ -165,13 +186,14 @@ class Saves:
                         manifest_text(save.describe(files)),
                         self.keep,
                         protected,
+                        self.lock.file if self.lock is not None else None,
                     )
                 except SteadfastError as error:
-                    save.outcome = _failure(error)
+                    save.outcome = failure(error)
             save.count(began)
             return reports
         if problem is not None and self.rank == 0:
-            abandon(attempt)
+            abandon(attempt, problem)
         self._in_flight = None
         save.count(began)
         return [*reports, self._ended(save, problem)]
@@ -198,26 +220,40 @@ class Saves:
         if self.mirror is not None:
             self.mirror.close()
 
-    def _open(self, step: int, size: int) -> str | None:
+    def _fenced(self) -> RunLockedError:
+        if self.lock is not None:
+            try:
+                self.lock.check()
+            except RunLockedError as error:
+                return error
+        return RunLockedError(f"{self.checkpoints.parent} was taken over by another run", "that run goes on")
+
+    def _checked(self, save: _InFlight) -> dict[str, Any]:
+        """This rank's outcome; before rank 0 lets a commit begin, it looks whether the directory is still its own."""
+        if self.lock is not None and not save.committing:
+            try:
+                self.lock.check()
+            except (RunLockedError, OSError) as error:
+                return failure(error)
+        return save.outcome or {}
+
+    def _open(self, step: int, size: int) -> SteadfastError | None:
         """Make room and the directory; why there is neither, equal on all ranks, or None."""
-        mine: dict[str, Any] = {"bytes": size}
+        attempt = attempt_directory(self.checkpoints, step)
+        needed = self._needed = sum(answer["bytes"] for answer in self.exchange({"bytes": size})) + SPARE_BYTES
+        mine: dict[str, Any] = {}
         if self.rank == 0:
             try:
-                open_attempt(self.checkpoints, attempt_directory(self.checkpoints, step))
+                if self.lock is not None:
+                    self.lock.check()
+                open_attempt(self.checkpoints, attempt)
                 self._make_room()
-                mine["free"] = shutil.disk_usage(self.checkpoints).free
+                require_room(self.checkpoints, needed)
             except (SteadfastError, OSError) as error:
-                mine |= _failure(error)
-        answers = self.exchange(mine)
-        problem = _first_problem(answers)
-        needed = self._needed = sum(answer["bytes"] for answer in answers) + SPARE_BYTES
-        if problem is None and needed > answers[0]["free"]:
-            problem = (
-                f"the checkpoint needs {needed / 2**20:,.0f} MiB and {self.checkpoints} has "
-                f"{answers[0]['free'] / 2**20:,.0f} MiB left"
-            )
-            if self.rank == 0:
-                abandon(attempt_directory(self.checkpoints, step))
+                mine = failure(error)
+        problem = common_error(self.exchange(mine))
+        if problem is not None and self.rank == 0:
+            abandon(attempt, problem)
         return problem
 
     def _make_room(self) -> None:
@@ -229,19 +265,25 @@ class Saves:
         if self.newest is not None and (self._failures > 1 or (self._failures and short)):
             retain(self.checkpoints, 1, self.newest, self.mirror.pending if self.mirror else [])
 
-    def _write_here(self, save: _InFlight, contents: RankContents) -> str | None:
+    def _write_here(self, save: _InFlight, contents: RankContents) -> SteadfastError | None:
         writer = Writer(self.rank, lambda place: write_contents(contents, place), self.exchange, self.on_phase)
         try:
             protected = self.mirror.pending if self.mirror is not None else []
-            commit_checkpoint(self.checkpoints, save.step, writer, save.describe, self.keep, protected)
-        except CannotWriteError as error:
-            return error.fact
+            guard = self.lock.check if self.lock is not None else lambda: None
+            commit_checkpoint(self.checkpoints, save.step, writer, save.describe, self.keep, protected, guard)
+        except (CannotWriteError, DivergedError, RunLockedError) as error:
+            return error
         finally:
             save.blocked = time.monotonic() - save.began
         return None
 
-    def _ended(self, save: _InFlight, problem: str | None) -> SaveReport:
+    def _ended(self, save: _InFlight, error: SteadfastError | None) -> SaveReport:
         target = step_directory(self.checkpoints, save.step)
+        if isinstance(error, RunLockedError):
+            raise error
+        if isinstance(error, DivergedError):
+            raise DivergedError(f"{error.fact} at step {save.step}, which is not saved", error.remedy)
+        problem = None if error is None else error.fact
         if problem is None:
             self._failures, self.newest = 0, save.step
             if self.mirror is not None:
@@ -264,13 +306,3 @@ class Saves:
             waited_seconds=save.waited,
             seconds=time.monotonic() - save.began,
         )
-
-
-def _failure(error: BaseException) -> dict[str, Any]:
-    if isinstance(error, SteadfastError):
-        return {"fact": error.fact, "remedy": error.remedy}
-    return {"fact": f"{type(error).__name__}: {error}", "remedy": ""}
-
-
-def _first_problem(outcomes: list[dict[str, Any]]) -> str | None:
-    return next((f"rank {rank}: {one['fact']}" for rank, one in enumerate(outcomes) if "fact" in one), None)

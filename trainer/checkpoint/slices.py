@@ -35,6 +35,12 @@ def slice_key(kind: str, start: int, parameter: str) -> str:
     return f"{kind}:{start}:{parameter}"
 
 
+def parameter_of(key: str) -> str | None:
+    """The parameter that the tensor called `key` in a rank's file is a slice of; None when it is something else."""
+    kind, _, rest = key.partition(":")
+    return rest.partition(":")[2] if kind in KINDS else None
+
+
 @dataclass(frozen=True)
 class _Slice:
     start: int

@@ -23,12 +23,13 @@ from typing import Any
 
 import numpy as np
 
-from trainer.checkpoint.commit import publish
+from trainer.checkpoint.commit import failure, publish, require_room
 from trainer.checkpoint.contents import RankContents, numpy_dtype, write_files
 from trainer.checkpoint.retention import retain
 from trainer.durable import write_errors
 from trainer.errors import CannotWriteError, SteadfastError
 from trainer.orphans import die_with_parent
+from trainer.run_lock import check_holder
 
 ROOT = Path(__file__).resolve().parents[2]
 ALIGNMENT = 64
@@ -74,8 +75,11 @@ class WriterProcess:
         """Make the shared memory large enough for the snapshots to come, and return it."""
         return self._memory.reserve(size)
 
-    def write(self, attempt: Path, contents: RankContents) -> None:
-        """Copy the tensors of `contents` (this is what training waits for) and order them written into `attempt`."""
+    def write(self, attempt: Path, contents: RankContents, needed: int = 0) -> None:
+        """Copy the tensors of `contents` (this is what training waits for) and order them written into `attempt`.
+
+        It fails when the disk has less than `needed` bytes left.
+        """
         layout: dict[str, list[tuple[str, str, tuple[int, ...], int]]] = {}
         position = 0
         for name, tensors in contents.tensors.items():
@@ -92,6 +96,7 @@ class WriterProcess:
             {
                 "order": "write",
                 "attempt": str(attempt),
+                "needed": needed,
                 "bytes": max(position, ALIGNMENT),
                 "tensors": layout,
                 "texts": dict(contents.texts),
@@ -99,9 +104,20 @@ class WriterProcess:
             }
         )
 
-    def commit(self, attempt: Path, target: Path, manifest: str, keep: int, protected: Sequence[int]) -> None:
-        """Order `attempt` to become `target`, and older checkpoints removed; rank 0 only."""
-        places = {"attempt": str(attempt), "target": str(target)}
+    def commit(
+        self,
+        attempt: Path,
+        target: Path,
+        manifest: str,
+        keep: int,
+        protected: Sequence[int],
+        holder: Path | None = None,
+    ) -> None:
+        """Order `attempt` to become `target`, and older checkpoints removed; rank 0 only.
+
+        Not when `holder` no longer names who holds the run directory (`run_lock`).
+        """
+        places = {"attempt": str(attempt), "target": str(target), "holder": None if holder is None else str(holder)}
         self._send({"order": "commit", **places, "manifest": manifest, "keep": keep, "protected": list(protected)})
 
     def reply(self, wait_seconds: float = 0.0) -> dict[str, Any] | None:
@@ -157,7 +173,8 @@ class WriterProcess:
     def _gone(self) -> dict[str, Any]:
         code = self._process.wait()
         how = f"by {signal.Signals(-code).name}" if code < 0 else f"with code {code}"
-        return {"fact": f"the process that writes checkpoints was ended {how}", "remedy": "see whether memory ran out"}
+        fact = f"the process that writes checkpoints was ended {how}"
+        return failure(CannotWriteError(fact, "see whether memory ran out"))
 
 
 def serve(orders: int, replies: int, memory: int, on_phase: Callable[[str], None] = lambda phase: None) -> None:
@@ -168,10 +185,11 @@ def serve(orders: int, replies: int, memory: int, on_phase: Callable[[str], None
             try:
                 result = _write(order, memory, on_phase) if order["order"] == "write" else _commit(order, on_phase)
             except SteadfastError as error:
-                result = {"fact": error.fact, "remedy": error.remedy}
+                result = failure(error)
             except Exception as error:
                 # The rank decides what becomes of the run; a dead writer could only be reported as dead.
-                result = {"fact": f"writing failed with {type(error).__name__}: {error}", "remedy": "report this"}
+                fact = f"writing failed with {type(error).__name__}: {error}"
+                result = failure(CannotWriteError(fact, "report this"))
             data = memoryview((json.dumps(result) + "\n").encode())
             while data:
                 data = data[os.write(replies, data) :]
@@ -214,8 +232,9 @@ def _write(order: dict[str, Any], memory: int, on_phase: Callable[[str], None]) 
 
     shapes = {file: {key: entry[:2] for key, entry in tensors.items()} for file, tensors in placed.items()}
     copies = {name: Path(source) for name, source in order["copies"].items()}
+    require_room(attempt.parent, order["needed"])
     with write_errors(attempt):
-        # Made by rank 0 already, but a network file system may not show it here yet.
+        # Whoever comes first makes it.
         attempt.mkdir(exist_ok=True)
         files = write_files(attempt, shapes, read, order["texts"], copies, lambda: on_phase("middle of the file"))
     on_phase("written")
@@ -225,7 +244,12 @@ def _write(order: dict[str, Any], memory: int, on_phase: Callable[[str], None]) 
 def _commit(order: dict[str, Any], on_phase: Callable[[str], None]) -> dict[str, Any]:
     on_phase("commit")
     target = Path(order["target"])
-    publish(Path(order["attempt"]), target, order["manifest"], on_phase)
+
+    def guard() -> None:
+        if order["holder"] is not None:
+            check_holder(Path(order["holder"]))
+
+    publish(Path(order["attempt"]), target, order["manifest"], on_phase, guard)
     on_phase("retain")
     retain(target.parent, order["keep"], int(target.name.rpartition("-")[2]), frozenset(order["protected"]))
     return {"committed": target.name}

@@ -11,7 +11,7 @@ from typing import Any
 from trainer.config.schema import Config
 from trainer.data.feed import Feed
 from trainer.durable import write_file
-from trainer.errors import SteadfastError
+from trainer.errors import RunLockedError, SteadfastError
 from trainer.loop import Observer
 from trainer.observe.events import EventLedger
 from trainer.observe.guard import Guarded
@@ -57,8 +57,9 @@ def recorded(
     # From here on the previous outcome is no longer how the run ended.
     run.outcome.unlink(missing_ok=True)
     sinks: list[Sink] = [MetricsFile(run.metrics, state.step), progress_for_stdout(state.step, plan.max_steps)]
-    if config.logging.tensorboard:
-        sinks.append(TensorBoard(run.tensorboard, state.step))
+    tensorboard = TensorBoard(run.tensorboard, state.step) if config.logging.tensorboard else None
+    if tensorboard is not None:
+        sinks.append(tensorboard)
     events = EventLedger(run.events)
     metrics = Metrics(
         sinks,
@@ -68,7 +69,7 @@ def recorded(
         time_totals=times.totals,
     )
     ledger = StepLedger(run.step_ledger, feed, state.step, plan.world_size, generators)
-    stragglers = Stragglers(hosts, events.record)
+    stragglers = Stragglers(hosts, events.record, *([tensorboard.say] if tensorboard is not None else []))
     observers: list[Observer] = [Guarded(observer) for observer in (times, events, ledger, metrics, stragglers)]
     event = "resume" if restored else "start"
     events.record(event, step=state.step, world_size=plan.world_size, changes=list(changes))
@@ -90,6 +91,9 @@ def recorded(
         yield Record(observers, finish)
     except BaseException as error:
         times.fail()
+        if isinstance(error, RunLockedError):
+            # The record belongs to the run that took over.
+            raise
         with suppress(SteadfastError):
             events.record("fault", error=f"{type(error).__name__}: {error}")
             _write_outcome(run, {"status": "failed", "error": f"{type(error).__name__}: {error}"})

@@ -1,4 +1,4 @@
-"""Norms of the weights, and the refusal to save weights that are no numbers. Every rank calls these together."""
+"""Norms of the weights by layer. Every rank calls these together."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 
 from trainer import collectives
 from trainer.engine.protocol import SavableEngine
-from trainer.errors import DivergedError
 
 
 def layer_of(parameter: str) -> str:
@@ -42,14 +41,3 @@ def _norm(tensor: torch.Tensor) -> float:
         # Only the sum of squares is too large; the largest element tells the order of magnitude.
         norm = float(tensor.abs().max())
     return norm
-
-
-def refuse_bad_weights(engine: SavableEngine, step: int) -> None:
-    """Raise DivergedError on all ranks when weights or moments are not finite: such a state is never saved."""
-    bad = [layer for layer, norms in layer_norms(engine).items() if not all(map(math.isfinite, norms))]
-    if bad:
-        more = f" and {len(bad) - 1} more layers" if len(bad) > 1 else ""
-        raise DivergedError(
-            f"the weights or moments of {bad[0]}{more} are not finite at step {step}, which is not saved",
-            "the newest checkpoint is from before; lower optimizer.learning_rate, then start again",
-        )
