@@ -27,17 +27,17 @@ from launch.attempts import record_submit, run_with_restarts, write_reference
 from launch.contract import LAUNCHER_PID, VARIABLES, resolve
 from launch.local import launch_local, plan_local
 from launch.train_command import (
+    add_permission_arguments,
     add_restart_argument,
-    add_resume_argument,
-    allow_words,
+    check_remote_code,
     checked_config,
+    permission_words,
     rank_command,
     require_gpus,
 )
 from trainer.config.arguments import add_config_arguments
 from trainer.config.deepspeed import accumulation_steps
 from trainer.config.device import guess_device
-from trainer.config.resume_law import check_allowed
 from trainer.config.schema import Config
 from trainer.errors import UsageError
 from trainer.run_directory import RunDirectory
@@ -56,7 +56,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         place.add_argument("--ranks-per-node", type=int, metavar="K", help="ranks on a node (default: one a GPU, or 1)")
         place.add_argument("--dry-run", action="store_true", help="print the plan and start nothing")
         place.add_argument("--json", action="store_true", help="with --dry-run: print the plan as JSON")
-        add_resume_argument(place)
+        add_permission_arguments(place)
     add_restart_argument(local)
     slurm.add_argument(
         "--sbatch", action="append", default=[], metavar="OPTIONS", help='options for sbatch, e.g. --sbatch="--time=60"'
@@ -84,7 +84,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     for inner in ("slurm-job", "slurm-task"):
         parser = commands.add_parser(inner)
         add_config_arguments(parser)
-        add_resume_argument(parser)
+        add_permission_arguments(parser)
     # The job that a graceful stop sends to a Ray cluster.
     commands.add_parser("ray-stop").add_argument("job")
 
@@ -101,14 +101,14 @@ def run(arguments: argparse.Namespace) -> int:
         from launch.slurm.job import run_job
 
         return run_job(
-            arguments.config, arguments.overrides, arguments.allow_change, show_traceback=arguments.traceback
+            arguments.config, arguments.overrides, permission_words(arguments), show_traceback=arguments.traceback
         )
     if arguments.place == "slurm-task":
         from launch.slurm.task import run_task
 
         return run_task(
             rank_command(
-                arguments.config, arguments.overrides, arguments.allow_change, show_traceback=arguments.traceback
+                arguments.config, arguments.overrides, permission_words(arguments), show_traceback=arguments.traceback
             )
         )
     return _launch(arguments)
@@ -147,8 +147,9 @@ def _launch(arguments: argparse.Namespace) -> int:
         require_gpus("--ranks-per-node", ranks, os.environ)
     device = "cuda" if gpus else guess_device(os.environ) if arguments.place == "local" else "cpu"
     config = checked_config(arguments.config, arguments.overrides, nodes * ranks, device)
-    allow_changes = check_allowed(arguments.allow_change)
-    command = rank_command(arguments.config, arguments.overrides, allow_changes, show_traceback=arguments.traceback)
+    check_remote_code(config, arguments.trust_remote_code)
+    permissions = permission_words(arguments)
+    command = rank_command(arguments.config, arguments.overrides, permissions, show_traceback=arguments.traceback)
     if arguments.place == "slurm":
         return _submit(arguments, config, nodes, ranks)
     if arguments.place == "ray":
@@ -188,7 +189,7 @@ def _submit_to_ray(arguments: argparse.Namespace, config: Config, nodes: int, ra
     run_dir = Path(config.run.dir)
     plan = plan_ray(
         arguments.config,
-        [*arguments.overrides, *allow_words(arguments.allow_change)],
+        [*arguments.overrides, *permission_words(arguments)],
         run_dir=run_dir,
         address=arguments.address,
         nodes=nodes,
@@ -216,7 +217,7 @@ def _submit(arguments: argparse.Namespace, config: Config, nodes: int, ranks: in
     plan = plan_slurm(
         arguments.config,
         arguments.overrides,
-        arguments.allow_change,
+        permission_words(arguments),
         run_dir=Path(config.run.dir),
         nodes=nodes,
         ranks_per_node=ranks,

@@ -27,7 +27,7 @@ from launch.local import launch_local
 from launch.rendezvous import MEETING_SECONDS, meet
 from launch.signals import StopRequests, die_with_launcher
 from trainer.cli import report
-from trainer.config.arguments import add_config_arguments
+from trainer.config.arguments import TRUST_REMOTE_CODE, add_config_arguments, add_trust_argument
 from trainer.config.deepspeed import check_deepspeed
 from trainer.config.device import Device, device_warnings, guess_device, visible_gpus
 from trainer.config.load import load_config
@@ -35,6 +35,7 @@ from trainer.config.resume_law import check_allowed
 from trainer.config.schema import Config
 from trainer.durable import make_directory, write_file
 from trainer.errors import ConfigError, RunLockedError, SteadfastError, UsageError
+from trainer.model.remote_code import checked_code
 from trainer.redact import redact
 from trainer.run_directory import RunDirectory
 from trainer.world import World
@@ -46,7 +47,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Declare `train CONFIG [section.key=value ...] [--nproc N]`."""
     add_config_arguments(parser)
     parser.add_argument("--nproc", type=int, metavar="N", help="ranks to start on this machine (1 when not given)")
-    add_resume_argument(parser)
+    add_permission_arguments(parser)
     parser.add_argument(
         "--strict", action="store_true", help="a damaged newest checkpoint is an error (checkpoint.strict=true)"
     )
@@ -56,14 +57,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Be one rank when a launcher started us, else start ranks on this machine; returns the exit code."""
     world = resolve(os.environ)
-    allow_changes = check_allowed(arguments.allow_change)
+    permissions = permission_words(arguments)
     if arguments.strict:
         arguments.overrides.append("checkpoint.strict=true")
     if world is None:
         processes = 1 if arguments.nproc is None else arguments.nproc
         require_gpus("--nproc", processes, os.environ)
         config = checked_config(arguments.config, arguments.overrides, processes, guess_device(os.environ))
-        command = rank_command(arguments.config, arguments.overrides, allow_changes, show_traceback=arguments.traceback)
+        check_remote_code(config, arguments.trust_remote_code)
+        command = rank_command(arguments.config, arguments.overrides, permissions, show_traceback=arguments.traceback)
         write_reference(RunDirectory(Path(config.run.dir)), local_place.reference())
         return run_with_restarts(
             lambda: launch_local(command, processes=processes, environ=os.environ, run_dir=Path(config.run.dir)),
@@ -79,11 +81,12 @@ def run(arguments: argparse.Namespace) -> int:
     if world.is_first and LAUNCHER_PID not in os.environ:
         # Our launchers have said it already.
         _warn(config, guess_device(os.environ))
-    return _be_a_rank(config, world, allow_changes, show_traceback=arguments.traceback)
+    return _be_a_rank(config, world, arguments)
 
 
-def add_resume_argument(parser: argparse.ArgumentParser) -> None:
-    """Give `parser` the option `allow_change` (a list of texts)."""
+def add_permission_arguments(parser: argparse.ArgumentParser) -> None:
+    """Give `parser` what only a command line may allow, never a file: `allow_change` and `trust_remote_code`."""
+    add_trust_argument(parser)
     parser.add_argument(
         "--allow-change",
         action="append",
@@ -134,17 +137,26 @@ def require_gpus(option: str, ranks: int, environ: Mapping[str, str]) -> None:
         )
 
 
-def allow_words(allow_changes: Sequence[str]) -> list[str]:
-    """`--allow-change` for each of the names, as the next process takes it."""
-    return [f"--allow-change={key}" for key in allow_changes]
+def permission_words(arguments: argparse.Namespace) -> list[str]:
+    """What the user allowed, as the next process takes it. Raises UsageError when a name of a change is none."""
+    words = [f"--allow-change={key}" for key in check_allowed(arguments.allow_change)]
+    trusted = arguments.trust_remote_code
+    return words if trusted is None else [*words, f"{TRUST_REMOTE_CODE}={trusted}"]
+
+
+def check_remote_code(config: Config, trusted: str | None) -> None:
+    """Refuse code of a model that is not the trusted one before a process is started; see `checked_code`."""
+    checked_code(None if config.model.path is None else Path(config.model.path), trusted)
 
 
 def rank_command(
-    config: Path, overrides: Sequence[str], allow_changes: Sequence[str] = (), *, show_traceback: bool
+    config: Path, overrides: Sequence[str], permissions: Sequence[str] = (), *, show_traceback: bool
 ) -> list[str]:
-    """The command of every rank: this checkout's steadfast.py with this Python, however we were started."""
-    words = [sys.executable, str(ROOT / "steadfast.py"), "train", str(config), *overrides]
-    words += allow_words(allow_changes)
+    """The command of every rank: this checkout's steadfast.py with this Python, however we were started.
+
+    `permissions` are those of `permission_words`.
+    """
+    words = [sys.executable, str(ROOT / "steadfast.py"), "train", str(config), *overrides, *permissions]
     return [*words, "--traceback"] if show_traceback else words
 
 
@@ -153,7 +165,7 @@ def _warn(config: Config, device: Device) -> None:
         sys.stderr.write(f"{warning}\n")
 
 
-def _be_a_rank(config: Config, world: World, allow_changes: Sequence[str], *, show_traceback: bool) -> int:
+def _be_a_rank(config: Config, world: World, arguments: argparse.Namespace) -> int:
     """Train as one rank and end the process with its exit code.
 
     The launcher (if ours) decides what Ctrl-C means, and takes us along when it dies.
@@ -175,9 +187,17 @@ def _be_a_rank(config: Config, world: World, allow_changes: Sequence[str], *, sh
         listener = meet(world, os.environ, min(MEETING_SECONDS, config.engine.timeout_seconds))
         from trainer.assemble import train
 
-        train(config, world, stop_requests, listener, allow_changes=allow_changes, lock=lock)
+        train(
+            config,
+            world,
+            stop_requests,
+            listener,
+            allow_changes=arguments.allow_change,
+            trusted_code=arguments.trust_remote_code,
+            lock=lock,
+        )
     except BaseException as error:
-        code = _say_what_failed(error, config, world, show_traceback=show_traceback)
+        code = _say_what_failed(error, config, world, show_traceback=arguments.traceback)
         if lock is not None:
             lock.close()
         _leave(code)

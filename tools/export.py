@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainer.config.arguments import add_trust_argument
 from trainer.errors import CheckpointError, DataError, MissingInputError, UsageError
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=list(FILE_DTYPES), help="dtype of the weights (default: as trained)")
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest weight file")
     parser.add_argument("--verify", action="store_true", help="reload OUT and compare logits with the live model's")
+    add_trust_argument(parser)
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
@@ -79,6 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
         dtype=arguments.dtype,
         max_shard_bytes=parse_size(arguments.max_shard_size),
         verify=arguments.verify,
+        trusted_code=arguments.trust_remote_code,
     )
     if arguments.json:
         print(json.dumps(asdict(report)))
@@ -105,10 +108,12 @@ def export_checkpoint(
     dtype: str | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     verify: bool = True,
+    trusted_code: str | None = None,
 ) -> ExportReport:
     """Write the model of `source` (a run or a checkpoint) to the new directory `out`.
 
-    `dtype` is float32 or bfloat16, by default the dtype the model was trained in. Raises CheckpointError when the
+    `dtype` is float32 or bfloat16, by default the dtype the model was trained in; `trusted_code` is the revision of the
+    model's own code that may run (`trainer.model.remote_code`). Raises CheckpointError when the
     checkpoint is damaged, lacks a tensor of its architecture or fails the verification, DataError when a weight is not
     finite, CannotWriteError when `out` exists or its disk is too small. After an error `out` does not exist.
     """
@@ -126,6 +131,7 @@ def export_checkpoint(
     from trainer.checkpoint.slices import SliceReader
     from trainer.checkpoint.verify import find_checkpoint
     from trainer.durable import write_file
+    from trainer.model.remote_code import trust_remote_code
 
     started = time.monotonic()
     refuse_existing(out)
@@ -133,6 +139,7 @@ def export_checkpoint(
         raise MissingInputError(f"{source} does not exist", "give a run directory or one of its checkpoints")
     quiet_transformers()
     checkpoint = find_checkpoint(source)
+    trust_remote_code(checkpoint / "model", trusted_code)
     reader = SliceReader(checkpoint)
     manifest = reader.manifest
     trained_dtype = _trained_dtype(reader)

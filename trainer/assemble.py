@@ -64,6 +64,16 @@ if TYPE_CHECKING:
 MOST_REWINDS = 3
 
 
+@dataclass(frozen=True)
+class Allowed:
+    """What only a command line may allow, never a configuration."""
+
+    changes: tuple[str, ...] = ()
+    """What may differ from the checkpoint although it is part of the run's identity."""
+    code: str | None = None
+    """Revision of the model's own code that may run."""
+
+
 def train(
     config: Config,
     world: World,
@@ -71,12 +81,14 @@ def train(
     listener: socket | None = None,
     *,
     allow_changes: Sequence[str] = (),
+    trusted_code: str | None = None,
     lock: RunLock | None = None,
 ) -> None:
     """Run one rank of a training run to its end, or to a requested stop. All ranks call this with the same config.
 
     `listener` is the port where rank 0 meets the others, when it is open already (`collectives.join`). `allow_changes`
-    names what may differ from the checkpoint although it is part of the run's identity. Rank 0 brings the run
+    names what may differ from the checkpoint although it is part of the run's identity, `trusted_code` the
+    revision of the model's own code that may run (`trainer.model.remote_code`). Rank 0 brings the run
     directory's `lock`, which is released at the end.
 
     Returns normally when the run is complete or stopped on request after a commit (rank 0 then leaves the marker
@@ -87,7 +99,8 @@ def train(
 
     run = RunDirectory(Path(config.run.dir))
     collectives.join(world, devices.communication_backend(kind), config.engine.timeout_seconds, listener)
-    train_joined(config, world, stop, run, kind, allow_changes, lock)
+    allowed = Allowed(tuple(allow_changes), trusted_code)
+    train_joined(config, world, stop, run, kind, allowed, lock)
     # All ranks end together, after rank 0 has closed the record. The process group is left standing: the process ends.
     collectives.barrier()
     if lock is not None:
@@ -100,7 +113,7 @@ def train_joined(
     stop: StopFlag,
     run: RunDirectory,
     kind: devices.DeviceType,
-    allow_changes: Sequence[str] = (),
+    allowed: Allowed = Allowed(),
     lock: RunLock | None = None,
 ) -> None:
     """The same, inside a process group that exists already and outlives the run; rank 0 holds the run's lock."""
@@ -120,7 +133,7 @@ def train_joined(
             on_phase = Phases([*writers, faults])
             try:
                 watch = _Watch(on_phase, faults, times, skipped)
-                _train_watched(config, world, stop, run, kind, watch, allow_changes, lock)
+                _train_watched(config, world, stop, run, kind, watch, allowed, lock)
                 return
             except DivergedError as error:
                 if config.train.on_divergence != "rewind" or not rewinds_left or not skipped:
@@ -150,13 +163,14 @@ def _train_watched(
     run: RunDirectory,
     kind: devices.DeviceType,
     watch: _Watch,
-    allow_changes: Sequence[str],
+    allowed: Allowed,
     lock: RunLock | None,
 ) -> None:
     from trainer import collectives
     from trainer.checkpoint.capture import Capture, RunSaver
     from trainer.checkpoint.resume import Restorer
     from trainer.checkpoint.saving import Saves
+    from trainer.model.remote_code import trust_remote_code
     from trainer.model.self_check import check_model
 
     on_phase, times = watch.on_phase, watch.times
@@ -167,6 +181,7 @@ def _train_watched(
     if world.is_first:
         # Under the lock: before it these may be those of a run that is just ending.
         run.stopped.unlink(missing_ok=True)
+    code = trust_remote_code(Path(config.model.path) if config.model.path else None, allowed.code)
     cache = open_cache(config, world)
     data = _open_data(config, world, run, cache)
     store, rows = data.store, data.rows
@@ -196,7 +211,7 @@ def _train_watched(
         engine=engine,
         feed=feed,
         world=world,
-        identity=run_identity(config, store, rows, run),
+        identity=run_identity(config, store, rows, run, code),
         model_files=run.model_files,
         probe=probe_prompts(store, rows.sequence_length),
     )
@@ -207,13 +222,13 @@ def _train_watched(
         collectives.exchange,
         seed=config.run.seed,
         strict=config.checkpoint.strict,
-        allow_changes=allow_changes,
+        allow_changes=allowed.changes,
     ).restore()
     state = restored or TrainState()
     if times is not None:
         # Only now: a start that was refused leaves the record of the run as it was.
         changes = [*_allowed(run, capture, restored), *changed_settings(config, run)] if restored else []
-        _write_down(config, run, data, lock)
+        _write_down(config, run, data, lock, code)
         record: AbstractContextManager[Record] = recorded(
             config,
             run,
@@ -302,14 +317,16 @@ def _open_data(config: Config, world: World, run: RunDirectory, cache: ShardCach
     return _Data(store, held_out, rows, order, plan)
 
 
-def _write_down(config: Config, run: RunDirectory, data: _Data, lock: RunLock | None) -> None:
+def _write_down(config: Config, run: RunDirectory, data: _Data, lock: RunLock | None, code: str | None) -> None:
     """Rank 0: leave in the run directory what this start is."""
     write_file(run.config, config_as_yaml(config))
     write_file(run.plan, json.dumps(data.plan.as_json(), indent=1) + "\n")
     collect_model_files(config, data.store, run)
-    if lock is not None and lock.taken_over is not None:
-        with closing(EventLedger(run.events)) as events:
+    with closing(EventLedger(run.events)) as events:
+        if lock is not None and lock.taken_over is not None:
             events.record("takeover", holder=lock.taken_over)
+        if code is not None:
+            events.record("trust_remote_code", revision=code, model=config.model.path)
 
 
 def _quarantined(run: RunDirectory, world: World) -> list[int]:

@@ -22,6 +22,7 @@ from trainer.data.store.packing import PlanSpec, RowPlan
 from trainer.data.store.remote import ShardCache
 from trainer.durable import write_errors, write_file
 from trainer.errors import DataError, UsageError
+from trainer.model.remote_code import own_classes
 from trainer.run_directory import RunDirectory
 from trainer.world import World
 
@@ -68,12 +69,14 @@ def prepare_model(config: Config, store: TokenStore, rows: RowPlan, run: RunDire
 
 
 def collect_model_files(config: Config, store: TokenStore, run: RunDirectory) -> None:
-    """Rank 0: gather what every checkpoint carries along: the model's configuration and the store's tokenizer."""
+    """Rank 0: gather what every checkpoint carries along: the model's configuration and code, the store's tokenizer."""
     source = model_directory(config, run)
     names = ("config.json", "generation_config.json")
     # A tokenizer's directory may hold the configuration of another model.
     tokenizer = [file for file in store.tokenizer_path.iterdir() if file.name not in names]
     described = [source / name for name in names if (source / name).is_file()]
+    if own_classes(source):
+        described += sorted(source.glob("*.py"))
     with write_errors(run.model_files):
         shutil.rmtree(run.model_files, ignore_errors=True)
         run.model_files.mkdir()
@@ -216,8 +219,13 @@ def model_directory(config: Config, run: RunDirectory) -> Path:
     return Path(config.model.path) if config.model.path else run.initial_model
 
 
-def run_identity(config: Config, store: TokenStore, rows: RowPlan, run: RunDirectory) -> dict[str, str]:
-    """What a resumed run must share with the run that saved (see `trainer.config.resume_law`), as it took effect."""
+def run_identity(
+    config: Config, store: TokenStore, rows: RowPlan, run: RunDirectory, code: str | None = None
+) -> dict[str, str]:
+    """What a resumed run must share with the run that saved (see `trainer.config.resume_law`), as it took effect.
+
+    `code` is the revision of the model's own code, if it has any.
+    """
     if config.model.config is not None:
         model = settings_text("model.config", config.model.config)
     else:
@@ -227,6 +235,7 @@ def run_identity(config: Config, store: TokenStore, rows: RowPlan, run: RunDirec
     by_source = spec.pop("by_source")
     return {
         **model,
+        **({} if code is None else {"code": code}),
         "model.trainable": ", ".join(config.model.trainable or ["*"]),
         "data": store.fingerprint[:16],
         "tokenizer": store.manifest["tokenizer_fingerprint"][:16],

@@ -32,7 +32,7 @@ from launch.attempts import (
 from launch.decide import Done, GiveUp, decide
 from launch.slurm.srun import SrunRanks
 from launch.supervise import TIME_LIMIT, Ending, supervise
-from launch.train_command import ROOT, allow_words, checked_config
+from launch.train_command import ROOT, checked_config
 from trainer.errors import PeerLostError, UsageError
 from trainer.observe.clock import process_began
 from trainer.run_directory import RunDirectory
@@ -127,7 +127,7 @@ def srun_environment(environ: Mapping[str, str], master: str, port: int) -> dict
 
 
 def run_job(
-    config_path: Path, overrides: Sequence[str], allow_changes: Sequence[str] = (), *, show_traceback: bool
+    config_path: Path, overrides: Sequence[str], permissions: Sequence[str] = (), *, show_traceback: bool
 ) -> int:
     """Be the batch step; returns the exit code of the job."""
     allocated = allocation(os.environ)
@@ -159,7 +159,7 @@ def run_job(
     environ = srun_environment(os.environ, master, allocated.port)
     steadfast = [*python_of_ranks(os.environ), str(ROOT / "steadfast.py")]
     ending = _preflight(srun_command(allocated, os.environ, [*steadfast, "preflight", *words], label=False), environ)
-    task = [*steadfast, "launch", "slurm-task", *words, *allow_words(allow_changes)]
+    task = [*steadfast, "launch", "slurm-task", *words, *permissions]
     ranks = SrunRanks(
         srun_command(allocated, os.environ, task),
         environ,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.slurm.job import Allocation, srun_command
-from launch.train_command import ROOT, allow_words
+from launch.train_command import ROOT
 from trainer.errors import MissingInputError, PeerLostError, UsageError
 
 SCRIPT = ROOT / "slurm" / "sft.sh"
@@ -39,7 +39,7 @@ class SlurmPlan:
 def plan_slurm(
     config: Path,
     overrides: Sequence[str],
-    allow_changes: Sequence[str] = (),
+    permissions: Sequence[str] = (),
     *,
     run_dir: Path,
     nodes: int,
@@ -47,7 +47,7 @@ def plan_slurm(
     gpus_per_node: int,
     sbatch_options: Sequence[str] = (),
 ) -> SlurmPlan:
-    """The submission of a run. Pure. `sbatch_options` come after ours and win."""
+    """The submission of a run. Pure. `sbatch_options` come after ours and win, `permissions` go on to the ranks."""
     command = [
         "sbatch",
         f"--job-name={run_dir.name}",
@@ -58,9 +58,9 @@ def plan_slurm(
         str(SCRIPT),
         str(config),
         *overrides,
-        *allow_words(allow_changes),
+        *permissions,
     ]
-    words = [str(config), *overrides, *allow_words(allow_changes)]
+    words = [str(config), *overrides, *permissions]
     rank = ["PYTHON", str(ROOT / "steadfast.py"), "launch", "slurm-task", *words]
     srun = srun_command(Allocation("JOB", 0, nodes, ranks_per_node, gpus_per_node), {}, rank)
     return SlurmPlan(command, {"SFT_ROOT": str(ROOT)}, srun)

@@ -51,7 +51,7 @@ def preceded(original: Callable[..., Any], call: int, action: Callable[[], None]
 def train(world: Any, kind: str, values: dict[str, Any], moment: str) -> str | None:
     """Case: a training run whose directory is taken over before a step, a save or a commit; the error of this rank."""
     from tests.support.training import StopAfter
-    from trainer.assemble import train_joined
+    from trainer.assemble import Allowed, train_joined
     from trainer.config.schema import Config
     from trainer.run_directory import RunDirectory
 
@@ -69,7 +69,7 @@ def train(world: Any, kind: str, values: dict[str, Any], moment: str) -> str | N
                 patch.object(owner, name, preceded(getattr(owner, name), call, partial(take_over, run.path)))
             )
         try:
-            train_joined(config, world, StopAfter(0), run, kind, (), lock)  # type: ignore[arg-type]
+            train_joined(config, world, StopAfter(0), run, kind, Allowed(), lock)  # type: ignore[arg-type]
         except SteadfastError as error:
             return f"{error.exit_code}: {error}"
     return None

@@ -63,10 +63,15 @@ class StopAfter:
 
 
 def train(
-    world: Any, kind: str, values: dict[str, Any], stop_after: int = 0, allow_changes: Sequence[str] = ()
+    world: Any,
+    kind: str,
+    values: dict[str, Any],
+    stop_after: int = 0,
+    allow_changes: Sequence[str] = (),
+    trusted_code: str | None = None,
 ) -> str | None:
     """Case: one training run in the pool's process group; returns the user-facing error of this rank, if any."""
-    from trainer.assemble import train_joined
+    from trainer.assemble import Allowed, train_joined
     from trainer.config.schema import Config
     from trainer.errors import SteadfastError
     from trainer.run_directory import RunDirectory
@@ -75,7 +80,8 @@ def train(
     run = RunDirectory(Path(config.run.dir))
     run.path.mkdir(parents=True, exist_ok=True)
     try:
-        train_joined(config, world, StopAfter(stop_after), run, kind, allow_changes)  # type: ignore[arg-type]
+        allowed = Allowed(tuple(allow_changes), trusted_code)
+        train_joined(config, world, StopAfter(stop_after), run, kind, allowed)  # type: ignore[arg-type]
     except SteadfastError as error:
         return f"{error.exit_code}: {error}"
     return None

@@ -317,9 +317,8 @@ def test_more_ranks_than_visible_gpus_are_refused(tmp_path: Path, monkeypatch: p
 def test_traceback_reaches_the_ranks_by_the_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "--traceback" not in rank_command(Path("x.yaml"), ["a.b=1"], show_traceback=False)
     assert rank_command(Path("x.yaml"), ["a.b=1"], show_traceback=True)[-3:] == ["x.yaml", "a.b=1", "--traceback"]
-    assert rank_command(Path("x.yaml"), [], ["data", "run.seed"], show_traceback=False)[-3:] == [
-        "x.yaml", "--allow-change=data", "--allow-change=run.seed",
-    ]  # fmt: skip
+    permissions = ["--allow-change=data", "--trust-remote-code=sha256:00"]
+    assert rank_command(Path("x.yaml"), [], permissions, show_traceback=False)[-3:] == ["x.yaml", *permissions]
     seen: list[argparse.Namespace] = []
     monkeypatch.setattr(train_command, "run", lambda arguments: seen.append(arguments) or 0)
     for words in (["train", "x.yaml"], ["train", "--traceback", "x.yaml"]):
@@ -359,6 +358,7 @@ def train_arguments(config: Path, overrides: list[str], nproc: int | None) -> ar
         max_restarts=0,
         traceback=False,
         allow_change=[],
+        trust_remote_code=None,
         strict=False,
     )
 

@@ -15,6 +15,8 @@ FORMATS = {
     "trainer.data.encode.rendering",  # chat templates are rendered in one way only
     "trainer.checkpoint.slices",
     "trainer.checkpoint.verify",
+    "trainer.config.arguments",
+    "trainer.model.remote_code",  # code of a model runs in one way only
 }
 FILES = [
     *(ROOT / "tools" / f"{name}.py" for name in ("artefact", "chat", "eval", "export", "int8", "models", "proof")),

@@ -12,3 +12,16 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="section.key=value", help="values that win over the file's"
     )
+
+
+TRUST_REMOTE_CODE = "--trust-remote-code"
+
+
+def add_trust_argument(parser: argparse.ArgumentParser) -> None:
+    """Give `parser` the option `trust_remote_code`: a revision, or None. It is never a key of a configuration."""
+    parser.add_argument(
+        TRUST_REMOTE_CODE,
+        metavar="REVISION",
+        help="run the code that lies in the model's directory, if it is exactly this revision (sha256:...); a refusal "
+        "names the revision to give",
+    )

@@ -80,6 +80,7 @@ FINGERPRINTS: dict[str, str] = {
     "tokenizer": "ids that the tokenizer of data.train gives for fixed texts, and its special tokens",
     "template": "chat template that data.train was built with",
     "architecture": "settings of config.json in model.path",
+    "code": "Python files of model.path that --trust-remote-code allowed to run",
     "by_source": "whether every row holds documents of one source only, as the store was built or a mixture needs",
 }
 """What is compared beside the keys: by content, wherever it lies."""
