@@ -34,7 +34,7 @@ from trainer.checkpoint.commit import (
 )
 from trainer.checkpoint.contents import SPARE_BYTES, Files, RankContents, write_contents
 from trainer.checkpoint.retention import retain
-from trainer.checkpoint.verify import Manifest, manifest_text, step_directory
+from trainer.checkpoint.verify import Manifest, step_directory
 from trainer.checkpoint.writer_process import WriterProcess
 from trainer.errors import CannotWriteError, DivergedError, RunLockedError, SteadfastError
 from trainer.run_lock import RunLock
@@ -183,7 +183,7 @@ class Saves:
                     self.writer.commit(
                         attempt,
                         step_directory(self.checkpoints, save.step),
-                        manifest_text(save.describe(files)),
+                        save.describe(files),
                         self.keep,
                         protected,
                         self.lock.file if self.lock is not None else None,

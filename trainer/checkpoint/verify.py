@@ -10,7 +10,7 @@ import json
 import re
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ def committed_steps(checkpoints: Path) -> list[int]:
 
 def manifest_text(manifest: Manifest) -> str:
     """The manifest as it is written: JSON with the sha256 of its own body."""
-    body = asdict(manifest)
+    body = dict(vars(manifest))
     return json.dumps({**body, "sha256_of_body": _hash_of_body(body)}, indent=1, ensure_ascii=False) + "\n"
 
 

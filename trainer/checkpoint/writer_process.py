@@ -26,6 +26,7 @@ import numpy as np
 from trainer.checkpoint.commit import failure, publish, require_room
 from trainer.checkpoint.contents import RankContents, numpy_dtype, write_files
 from trainer.checkpoint.retention import retain
+from trainer.checkpoint.verify import Manifest, manifest_text
 from trainer.durable import write_errors
 from trainer.errors import CannotWriteError, SteadfastError
 from trainer.orphans import die_with_parent
@@ -108,7 +109,7 @@ class WriterProcess:
         self,
         attempt: Path,
         target: Path,
-        manifest: str,
+        manifest: Manifest,
         keep: int,
         protected: Sequence[int],
         holder: Path | None = None,
@@ -118,7 +119,8 @@ class WriterProcess:
         Not when `holder` no longer names who holds the run directory (`run_lock`).
         """
         places = {"attempt": str(attempt), "target": str(target), "holder": None if holder is None else str(holder)}
-        self._send({"order": "commit", **places, "manifest": manifest, "keep": keep, "protected": list(protected)})
+        about = {"manifest": vars(manifest), "keep": keep, "protected": list(protected)}
+        self._send({"order": "commit", **places, **about})
 
     def reply(self, wait_seconds: float = 0.0) -> dict[str, Any] | None:
         """What came of the order: its result, {fact, remedy} when it failed, None while it is being carried out."""
@@ -249,7 +251,9 @@ def _commit(order: dict[str, Any], on_phase: Callable[[str], None]) -> dict[str,
         if order["holder"] is not None:
             check_holder(Path(order["holder"]))
 
-    publish(Path(order["attempt"]), target, order["manifest"], on_phase, guard)
+    # Its text is made here: that takes milliseconds for a large model.
+    text = manifest_text(Manifest(**order["manifest"]))
+    publish(Path(order["attempt"]), target, text, on_phase, guard)
     on_phase("retain")
     retain(target.parent, order["keep"], int(target.name.rpartition("-")[2]), frozenset(order["protected"]))
     return {"committed": target.name}
