@@ -32,10 +32,9 @@ from trainer.state import SaveReport, TrainState, finite
 from trainer.tensor_file import DTYPE_NAMES
 from trainer.world import World
 
+PROBE_FILE = "probe.safetensors"
 PROBE_POSITIONS = 8
 """Positions of each probe prompt whose logits are stored."""
-BRIEF_PROMPTS, BRIEF_LENGTH = 1, PROBE_POSITIONS
-"""What a save that training waits for as little as possible asks: one forward, in which reading the weights is most."""
 _TORCH_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
@@ -56,10 +55,11 @@ class Capture:
     def contents(self, state: TrainState, *, brief: bool) -> RankContents:
         """This rank's files, as they would be written now. Collective: the model answers the probe prompts.
 
-        `brief`: it answers a part of them only, which is most of what training would wait for.
+        `brief`: it does not, for training would wait for that. The next training step begins with the weights that are
+        saved: what it computes for the head of its first row is the probe, where that is what evaluation would give.
         """
-        probe = self.probe[:BRIEF_PROMPTS, :BRIEF_LENGTH] if brief else self.probe
-        logits = self.engine.logits(_as_batch(probe), PROBE_POSITIONS).numpy()
+        late = self._watched_probe if brief and self.engine.watch_training(PROBE_POSITIONS) else None
+        logits = None if late is not None else self.engine.logits(_as_batch(self.probe), PROBE_POSITIONS)
         own = self._slices()
         for name, array in generator_states(self.engine.kind).items():
             own[f"rng:{name}"] = from_array(array, DTYPE_NAMES[array.dtype])
@@ -70,15 +70,14 @@ class Capture:
             wide = buffer.detach().float() if buffer.is_floating_point() else buffer.detach()
             array = wide.cpu().contiguous().numpy()
             own[f"buffer:0:{name}"] = from_array(array, DTYPE_NAMES[array.dtype])
-        tensors["probe.safetensors"] = {
-            "input_ids": from_array(probe, "I64"),
-            "logits": from_array(logits, "F32"),
-        }
+        if logits is not None:
+            tensors |= _probe_file(self.probe, logits)
         body = {"progress": state.as_json(), "feed": self.feed.state_dict(), **self.engine.counters()}
         return RankContents(
             tensors,
             texts={"state.json": json.dumps(body, indent=1) + "\n"},
             copies=self._copies,
+            late=late,
         )
 
     def tensor_bytes(self) -> int:
@@ -108,6 +107,10 @@ class Capture:
                 EVALUATION: finite(metrics),
             },
         )
+
+    def _watched_probe(self) -> dict[str, dict[str, TensorSource]] | None:
+        watched = self.engine.watched()
+        return None if watched is None else _probe_file(*watched)
 
     # What is the same in all saves of a run is looked up once: training waits for the rest.
 
@@ -229,6 +232,10 @@ def _copy_out(tensor: torch.Tensor, target: np.ndarray[Any, Any]) -> None:
     into = torch.from_numpy(target)
     with torch.no_grad():
         (into.view(torch.bfloat16) if tensor.dtype == torch.bfloat16 else into).copy_(tensor)
+
+
+def _probe_file(ids: np.ndarray[Any, np.dtype[np.int64]], logits: torch.Tensor) -> dict[str, dict[str, TensorSource]]:
+    return {PROBE_FILE: {"input_ids": from_array(ids, "I64"), "logits": from_array(logits.numpy(), "F32")}}
 
 
 def _as_batch(ids: np.ndarray[Any, np.dtype[np.int64]]) -> MicroBatch:

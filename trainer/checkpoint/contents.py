@@ -47,6 +47,10 @@ class TensorSource:
         return np.empty(self.shape, numpy_dtype(self.dtype))
 
 
+Late = Callable[[], Mapping[str, Mapping[str, TensorSource]] | None]
+"""Tensor files, or None as long as they are not known."""
+
+
 @dataclass(frozen=True)
 class RankContents:
     """All files of one rank."""
@@ -57,6 +61,8 @@ class RankContents:
     """File name to its text."""
     copies: Mapping[str, Path] = field(default_factory=dict)
     """Relative file name to the file it is a copy of."""
+    late: Late | None = None
+    """More tensors of this same state, which the next training step will know."""
 
     @property
     def tensor_bytes(self) -> int:

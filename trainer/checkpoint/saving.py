@@ -35,7 +35,7 @@ from trainer.checkpoint.commit import (
 from trainer.checkpoint.contents import SPARE_BYTES, Files, RankContents, write_contents
 from trainer.checkpoint.retention import retain
 from trainer.checkpoint.verify import Manifest, step_directory
-from trainer.checkpoint.writer_process import WriterProcess
+from trainer.checkpoint.writer_process import Snapshot, WriterProcess
 from trainer.errors import CannotWriteError, DivergedError, RunLockedError, SteadfastError
 from trainer.run_lock import RunLock
 from trainer.state import SaveReport
@@ -74,6 +74,8 @@ class _InFlight:
     step: int
     describe: Callable[[Files], Manifest]
     began: float
+    snapshot: Snapshot | None = None
+    """This rank's state, as long as its writer has not been told to write it."""
     blocked: float = 0.0
     waited: float = 0.0
     committing: bool = False
@@ -132,8 +134,8 @@ class Saves:
         if self.writer is None:
             return [*reports, self._ended(save, self._write_here(save, parts))]
         try:
-            needed = self._needed if self.rank == 0 else 0
-            self.writer.write(attempt_directory(self.checkpoints, step), parts, needed)
+            save.snapshot = self.writer.copy(parts)
+            self._order(save)
         except (SteadfastError, OSError, MemoryError) as error:
             save.outcome = failure(error)
         save.blocked = time.monotonic() - began
@@ -152,7 +154,7 @@ class Saves:
             return FENCED
         if save is None:
             return 0.0
-        if save.outcome is None and self.writer is not None:
+        if save.outcome is None and save.snapshot is None and self.writer is not None:
             # While rank 0 commits, the others have nothing to do.
             save.outcome = {} if save.committing and self.rank != 0 else self.writer.reply()
         return 0.0 if save.outcome is None else 1.0 + (FAILED if "fact" in save.outcome else 0.0)
@@ -167,6 +169,10 @@ class Saves:
         began = time.monotonic()
         reports = self.mirror.reports() if self.mirror is not None else []
         save = self._in_flight
+        if save is not None and save.snapshot is not None and save.outcome is None:
+            self._order(save)
+            save.count(began)
+            began = time.monotonic()
         if save is None or votes % FAILED < ranks:
             return reports
         # When all went well, a commit has nothing to tell but that.
@@ -207,6 +213,9 @@ class Saves:
             save.waiting_since = began
             reports += self.settle(sum(entry["vote"] for entry in votes), len(votes))
             if self._in_flight is save:
+                if save.snapshot is not None and save.outcome is None:
+                    fact = f"no training step followed that would have told the rest of step {save.step}"
+                    save.outcome = failure(CannotWriteError(fact))
                 if save.outcome is None and self.writer is not None and not (save.committing and self.rank != 0):
                     save.outcome = self.writer.reply(_POLL_SECONDS)
                 else:
@@ -219,6 +228,22 @@ class Saves:
             self.writer.close()
         if self.mirror is not None:
             self.mirror.close()
+
+    def _order(self, save: _InFlight) -> None:
+        """Have the writer begin, once everything that it is to write is known."""
+        if save.snapshot is None or self.writer is None:
+            return
+        late = save.snapshot.contents.late
+        more = late() if late is not None else {}
+        if more is None:
+            return
+        try:
+            needed = self._needed if self.rank == 0 else 0
+            snapshot = self.writer.add(save.snapshot, more) if more else save.snapshot
+            self.writer.write(attempt_directory(self.checkpoints, save.step), snapshot, needed)
+        except (SteadfastError, OSError, MemoryError) as error:
+            save.outcome = failure(error)
+        save.snapshot = None
 
     def _fenced(self) -> RunLockedError:
         if self.lock is not None:

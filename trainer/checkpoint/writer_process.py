@@ -18,13 +18,14 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from trainer.checkpoint.commit import failure, publish, require_room
-from trainer.checkpoint.contents import RankContents, numpy_dtype, write_files
+from trainer.checkpoint.contents import RankContents, TensorSource, numpy_dtype, write_files
 from trainer.checkpoint.retention import retain
 from trainer.checkpoint.verify import Manifest, manifest_text
 from trainer.durable import write_errors
@@ -63,6 +64,16 @@ class SharedMemory:
         self._map = None
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """A rank's contents in shared memory, not yet ordered written."""
+
+    contents: RankContents
+    tensors: Mapping[str, list[tuple[str, str, tuple[int, ...], int]]]
+    """File name to (key, dtype, shape, begin in bytes) of each tensor."""
+    bytes: int
+
+
 class WriterProcess:
     """The rank's end: give one order at a time, ask for its reply without waiting, or wait a while."""
 
@@ -76,14 +87,23 @@ class WriterProcess:
         """Make the shared memory large enough for the snapshots to come, and return it."""
         return self._memory.reserve(size)
 
-    def write(self, attempt: Path, contents: RankContents, needed: int = 0) -> None:
-        """Copy the tensors of `contents` (this is what training waits for) and order them written into `attempt`.
+    def copy(self, contents: RankContents) -> Snapshot:
+        """Copy the tensors of `contents` to shared memory: this is what training waits for."""
+        return self._copy(contents, contents.tensors, {}, 0)
 
-        It fails when the disk has less than `needed` bytes left.
-        """
+    def add(self, snapshot: Snapshot, tensors: Mapping[str, Mapping[str, TensorSource]]) -> Snapshot:
+        """`snapshot` with more tensor files."""
+        return self._copy(snapshot.contents, tensors, snapshot.tensors, snapshot.bytes)
+
+    def _copy(
+        self,
+        contents: RankContents,
+        files: Mapping[str, Mapping[str, TensorSource]],
+        before: Mapping[str, list[tuple[str, str, tuple[int, ...], int]]],
+        position: int,
+    ) -> Snapshot:
         layout: dict[str, list[tuple[str, str, tuple[int, ...], int]]] = {}
-        position = 0
-        for name, tensors in contents.tensors.items():
+        for name, tensors in files.items():
             layout[name] = []
             for key, source in tensors.items():
                 layout[name].append((key, source.dtype, source.shape, position))
@@ -91,15 +111,20 @@ class WriterProcess:
         memory = self._memory.reserve(max(position, ALIGNMENT))
         for name, placed in layout.items():
             for key, dtype, shape, begin in placed:
-                source = contents.tensors[name][key]
+                source = files[name][key]
                 source.fill(memory[begin : begin + source.bytes].view(numpy_dtype(dtype)).reshape(shape))
+        return Snapshot(contents, {**before, **layout}, position)
+
+    def write(self, attempt: Path, snapshot: Snapshot, needed: int = 0) -> None:
+        """Order `snapshot` written into `attempt`. It fails when the disk has less than `needed` bytes left."""
+        contents = snapshot.contents
         self._send(
             {
                 "order": "write",
                 "attempt": str(attempt),
                 "needed": needed,
-                "bytes": max(position, ALIGNMENT),
-                "tensors": layout,
+                "bytes": max(snapshot.bytes, ALIGNMENT),
+                "tensors": snapshot.tensors,
                 "texts": dict(contents.texts),
                 "copies": {name: str(source) for name, source in contents.copies.items()},
             }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +15,14 @@ from trainer.engine import partitions
 from trainer.engine.device import DeviceType, adamw
 from trainer.engine.partitions import OwnedSlice
 from trainer.optim.groups import decay_groups
+
+
+def has_dropout(language_model: Any) -> bool:
+    """Whether training and evaluation give different logits; some models hand a rate of their config to a function."""
+    layers = (module.p for module in language_model.modules() if isinstance(module, nn.Dropout))
+    settings = language_model.config.to_dict()
+    rates = (value for name, value in settings.items() if name.endswith(("dropout", "_pdrop", "dropout_prob")))
+    return any(isinstance(rate, float) and rate > 0 for rate in (*layers, *rates))
 
 
 class ZeroThreeHook:
@@ -75,6 +84,9 @@ class DeepSpeedEngine:
             dist_init_required=False,
         )
         self._ranks = torch.distributed.get_world_size()
+        self._supervised: Any = self._engine.module
+        self._watched_ids: np.ndarray[Any, np.dtype[np.int64]] | None = None
+        self._watch = 0
 
     @property
     def language_model(self) -> Any:
@@ -89,6 +101,12 @@ class DeepSpeedEngine:
     def summed_loss(self, batch: MicroBatch) -> Tensor:
         """See Engine.summed_loss."""
         self._engine.train()
+        if self._watch:
+            # Positions count up within a sample and begin anew with the next one.
+            positions = batch.position_ids[0, : self._watch]
+            length = int((positions == np.arange(len(positions))).sum())
+            self._watched_ids = batch.input_ids[:1, :length].copy()
+            self._supervised.positions_to_keep, self._watch = length, 0
         loss: Tensor = self._engine(*self._tensors(batch))
         return loss
 
@@ -117,6 +135,18 @@ class DeepSpeedEngine:
         with torch.no_grad():
             logits: Tensor = self._engine(input_ids, position_ids, None, keep)
         return logits.float().cpu()
+
+    def watch_training(self, positions: int) -> bool:
+        """See SavableEngine.watch_training."""
+        self._watched_ids = None
+        self._watch = 0 if has_dropout(self.language_model) else positions
+        return self._watch > 0
+
+    def watched(self) -> tuple[Any, Tensor] | None:
+        """See SavableEngine.watched."""
+        if self._watched_ids is None:
+            return None
+        return self._watched_ids, self._supervised.kept_logits
 
     def owned_slices(self) -> list[OwnedSlice]:
         """See SavableEngine.owned_slices."""

@@ -49,6 +49,15 @@ class SavableEngine(Engine, Protocol):
     def held_slices(self) -> list[OwnedSlice]:
         """Live views of all state on this rank, to be overwritten when a run resumes; not collective."""
 
+    def watch_training(self, positions: int) -> bool:
+        """Have the next forward keep the logits of up to `positions` first positions of its first row; costs nothing.
+
+        False, and nothing is kept, when they are not those of evaluation, because the model has dropout.
+        """
+
+    def watched(self) -> tuple[Any, Tensor] | None:
+        """That, of one sample: token ids int64 [1, n] and logits fp32 [1, n, vocabulary]. None before the forward."""
+
     def counters(self) -> dict[str, Any]:
         """Step counts of optimizer and schedule: plain values."""
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from trainer.data.micro_batch import IGNORED
 from trainer.objective.cross_entropy import summed_cross_entropy
@@ -23,6 +25,9 @@ class SupervisedLanguageModel(nn.Module):
     def __init__(self, language_model: Any) -> None:
         super().__init__()
         self.language_model = language_model
+        self.positions_to_keep = 0
+        """Of the first row of the next forward with targets: the logits of so many positions go to `kept_logits`."""
+        self.kept_logits: Tensor | None = None
 
     def forward(
         self, input_ids: Tensor, position_ids: Tensor, targets: Tensor | None = None, logits_to_keep: int = 0
@@ -42,7 +47,12 @@ class SupervisedLanguageModel(nn.Module):
         hidden = body(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
         supervised = targets != IGNORED
         head = self.language_model.get_output_embeddings()
-        return summed_cross_entropy(hidden[supervised], head.weight, targets[supervised])
+        loss = summed_cross_entropy(hidden[supervised], head.weight, targets[supervised])
+        if self.positions_to_keep:
+            with torch.no_grad():
+                kept = functional.linear(hidden[:1, : self.positions_to_keep], head.weight)
+            self.kept_logits, self.positions_to_keep = kept.float().cpu(), 0
+        return loss
 
 
 def unsupported_head(language_model: Any) -> str | None:
