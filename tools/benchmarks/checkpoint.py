@@ -76,8 +76,11 @@ def run(work: Path, models: list[str], rounds: int, seed: int, say: Say) -> list
 
 
 def _saves(run_dir: Path, model: Model, store: Path, background: bool) -> list[Facts]:
-    """Commit events of a run but for its last one, which is waited for in any case."""
-    steps = model.every * model.saves + 1
+    """Commit events of a run but for its last one, which is waited for in any case.
+
+    The run goes on for half an interval after the last save that counts, or its end would wait for that one too.
+    """
+    steps = model.every * model.saves + max(model.every // 2, 1)
     values = {
         "run": {"dir": str(run_dir)},
         "model": {"config": model.config, "dtype": "float32", "gradient_checkpointing": False},
