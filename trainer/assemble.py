@@ -1,4 +1,4 @@
-"""Puts a run together. The only file that knows all concrete classes; read `train` from top to bottom."""
+"""Puts a run together; read `train` from top to bottom. `open_data` and `build_engine` make its two largest parts."""
 
 from __future__ import annotations
 
@@ -15,18 +15,15 @@ from socket import gethostname, socket
 from typing import TYPE_CHECKING, Any
 
 from trainer.checkpoint.verify import read_manifest, step_directory
-from trainer.config.deepspeed import accumulation_steps, compile_deepspeed
 from trainer.config.load import config_as_yaml
 from trainer.config.resume_law import identity_differences
 from trainer.config.schema import Config
 from trainer.data.feed import Feed, evaluation_batches
-from trainer.data.order import Order
-from trainer.data.store import TokenStore, open_store
+from trainer.data.store import TokenStore
 from trainer.data.store.packing import RowPlan
-from trainer.data.store.remote import ShardCache
 from trainer.durable import write_file
 from trainer.engine import device as devices
-from trainer.errors import ConfigError, DataError, DivergedError, UsageError
+from trainer.errors import DivergedError
 from trainer.loop import Loop, OnPhase, StopFlag, fit
 from trainer.observe.events import EventLedger
 from trainer.observe.faults import Faults, PoisonedEngine, planned
@@ -34,24 +31,16 @@ from trainer.observe.forensics import Forensics
 from trainer.observe.heartbeat import Heartbeat
 from trainer.observe.interval import save_schedule
 from trainer.observe.phases import Phases
-from trainer.observe.quarantine import put_into_quarantine, quarantined_positions
+from trainer.observe.quarantine import put_into_quarantine
 from trainer.observe.record import Record, recorded
 from trainer.observe.time_ledger import TimeLedger
 from trainer.observe.watchdog import Post
-from trainer.plan import Plan, make_plan
 from trainer.prepare import (
     changed_settings,
     collect_model_files,
-    left_out,
-    model_directory,
     open_cache,
-    open_held_out,
-    prepare_model,
     probe_prompts,
-    row_order,
-    row_spec,
     run_identity,
-    source_epochs,
 )
 from trainer.run_directory import RunDirectory
 from trainer.run_lock import RunLock
@@ -60,6 +49,7 @@ from trainer.world import World
 
 if TYPE_CHECKING:
     from trainer.checkpoint.capture import Capture
+    from trainer.open_data import OpenData
 
 MOST_REWINDS = 3
 
@@ -167,11 +157,13 @@ def _train_watched(
     lock: RunLock | None,
 ) -> None:
     from trainer import collectives
+    from trainer.build_engine import build_engine, refuse_shared_devices
     from trainer.checkpoint.capture import Capture, RunSaver
     from trainer.checkpoint.resume import Restorer
     from trainer.checkpoint.saving import Saves
     from trainer.model.remote_code import trust_remote_code
     from trainer.model.self_check import check_model
+    from trainer.open_data import open_data, quarantined
 
     on_phase, times = watch.on_phase, watch.times
     on_phase("start", 0)
@@ -183,11 +175,11 @@ def _train_watched(
         run.stopped.unlink(missing_ok=True)
     code = trust_remote_code(Path(config.model.path) if config.model.path else None, allowed.code)
     cache = open_cache(config, world)
-    data = _open_data(config, world, run, cache)
+    data = open_data(config, world, run, cache)
     store, rows = data.store, data.rows
 
     on_phase("load", 0)
-    engine = _build_engine(config, world, run, device, kind)
+    engine: Any = build_engine(config, world, run, device, kind)
     if watch.faults.poisons:
         engine = PoisonedEngine(engine, watch.faults.take_poison)
     feed = Feed(
@@ -198,7 +190,7 @@ def _train_watched(
         micro_batch_size=config.train.micro_batch_size,
         rank=world.rank,
         world_size=world.world_size,
-        quarantined=_quarantined(run, world),
+        quarantined=quarantined(run, world),
     )
     check_model(
         engine,
@@ -279,45 +271,7 @@ def _train_watched(
         cache.close()
 
 
-@dataclass(frozen=True)
-class _Data:
-    """What is trained and evaluated on, and in which order."""
-
-    store: TokenStore
-    held_out: TokenStore | None
-    rows: RowPlan
-    order: Order
-    plan: Plan
-
-
-def _open_data(config: Config, world: World, run: RunDirectory, cache: ShardCache | None) -> _Data:
-    """Open the stores and plan the run; rank 0 also prepares the model's files. All ranks call it together."""
-    from trainer import collectives
-
-    store = open_store(config.data.train, rank=world.rank, world_size=world.world_size, cache=cache)
-    held_out = open_held_out(config, store, rank=world.rank, world_size=world.world_size, cache=cache)
-    spec = row_spec(config, store)
-    if world.is_first and not store.has_plan(spec):
-        print(f"{store.location} has no {spec.name}: computing it, a second or two per million documents", flush=True)
-    rows = store.plan(spec)
-    if world.is_first:
-        for line in left_out(rows):
-            print(line, flush=True)
-    order = row_order(config, store, rows)
-    plan = make_plan(
-        config,
-        world_size=world.world_size,
-        rows=rows.n_rows,
-        sequence_length=rows.sequence_length,
-        source_epochs=source_epochs(config, store, rows, order),
-    )
-    if world.is_first:
-        prepare_model(config, store, rows, run)
-    collectives.barrier()
-    return _Data(store, held_out, rows, order, plan)
-
-
-def _write_down(config: Config, run: RunDirectory, data: _Data, lock: RunLock | None, code: str | None) -> None:
+def _write_down(config: Config, run: RunDirectory, data: OpenData, lock: RunLock | None, code: str | None) -> None:
     """Rank 0: leave in the run directory what this start is."""
     write_file(run.config, config_as_yaml(config))
     write_file(run.plan, json.dumps(data.plan.as_json(), indent=1) + "\n")
@@ -327,17 +281,6 @@ def _write_down(config: Config, run: RunDirectory, data: _Data, lock: RunLock | 
             events.record("takeover", holder=lock.taken_over)
         if code is not None:
             events.record("trust_remote_code", revision=code, model=config.model.path)
-
-
-def _quarantined(run: RunDirectory, world: World) -> list[int]:
-    """The same on all ranks, whatever a shared file system shows them."""
-    from trainer import collectives
-
-    positions = quarantined_positions(run.path) if world.is_first else []
-    if positions:
-        print(f"{len(positions)} steps are in quarantine (quarantine.json): their rows are left out", flush=True)
-    found: list[int] = collectives.exchange({"positions": positions})[0]["positions"]
-    return found
 
 
 def _allowed(run: RunDirectory, capture: Capture, restored: TrainState) -> list[str]:
@@ -358,71 +301,6 @@ def _uploads(config: Config, run: RunDirectory, restored: TrainState | None) -> 
         # The run before may have ended while this one was being copied.
         uploads.add(step_directory(run.checkpoints, restored.step))
     return uploads
-
-
-def refuse_shared_devices(ranks: Sequence[dict[str, str]]) -> None:
-    """UsageError when two ranks (host and device each) hold the same GPU: NCCL would fail later, and less clearly."""
-    for rank, place in enumerate(ranks):
-        first = ranks.index(place)
-        if place["device"] and first != rank:
-            raise UsageError(
-                f"ranks {first} and {rank} share {place['device']} of {place['host']}", "start one rank a GPU"
-            )
-
-
-def _build_engine(config: Config, world: World, run: RunDirectory, device: Any, kind: devices.DeviceType) -> Any:
-    import torch
-
-    from trainer import collectives
-    from trainer.engine.deepspeed_engine import DeepSpeedEngine, ZeroThreeHook
-    from trainer.model.load import load_language_model, train_only
-    from trainer.model.supervised import SupervisedLanguageModel, unsupported_head
-    from trainer.optim.schedules import share_of_peak
-
-    deepspeed_config = compile_deepspeed(
-        config,
-        world_size=world.world_size,
-        accumulation_steps=accumulation_steps(config, world.world_size),
-        device=kind,
-        hidden_size=json.loads((model_directory(config, run) / "config.json").read_text()).get("hidden_size"),
-    )
-    torch.manual_seed(config.run.seed + world.rank)
-    hook = ZeroThreeHook(deepspeed_config)
-    try:
-        language_model = load_language_model(
-            model_directory(config, run),
-            dtype=config.model.dtype,
-            attention=config.model.attention,
-            gradient_checkpointing=config.model.gradient_checkpointing,
-        )
-    finally:
-        hook.release()
-    train_only(language_model, config.model.trainable)
-    if (reason := unsupported_head(language_model)) is not None:
-        raise DataError(f"{model_directory(config, run)} cannot be trained: {reason}", "it is not supported yet")
-    optimizer = config.optimizer
-    engine = DeepSpeedEngine(
-        SupervisedLanguageModel(language_model),
-        deepspeed_config,
-        optimizer_settings={
-            "lr": optimizer.learning_rate,
-            "betas": (optimizer.beta1, optimizer.beta2),
-            "eps": optimizer.epsilon,
-        },
-        weight_decay=optimizer.weight_decay,
-        share_of_peak=share_of_peak(config.schedule, config.train.max_steps),
-        device=device,
-        kind=kind,
-    )
-    collectives.bound_all_groups(config.engine.timeout_seconds)
-    try:
-        # What cannot be saved fails now, not at the first checkpoint hours later.
-        engine.owned_slices()
-    except (AttributeError, KeyError, RuntimeError, IndexError) as error:
-        raise ConfigError(
-            [f"engine.deepspeed: {config.engine.deepspeed} keeps optimizer state where checkpoints cannot read it"]
-        ) from error
-    return engine
 
 
 def _evaluation(
