@@ -4,7 +4,7 @@ checkpoints/step-00000100/
     MANIFEST.json                       written last; sizes and hashes of everything below, and of itself
     rank-00000-of-00002.safetensors     flat slices `kind:start:parameter`, and this rank's random state
     state.json                          step, data position, schedule, optimizer step counts
-    probe.safetensors                   logits of the live model on pinned prompts: the export is compared to them
+    probe.safetensors                   logits of the live model on some prompts: the export is compared to them
     model/                              config.json, tokenizer and chat template: the checkpoint is self-contained
 checkpoints/step-00000100.pinned        empty: retention never removes that checkpoint
 checkpoints/latest                      a hint for people; no reader trusts it
