@@ -12,7 +12,8 @@ import torch
 
 from tests.support.models import save_slice_checkpoint, tiny_model, tiny_tokenizer
 from tools import export_proof
-from tools.export import ExportReport, export_checkpoint as export_with_fresh_process
+from tools.export import ExportReport
+from tools.export import export_checkpoint as export_with_fresh_process
 from trainer.checkpoint.verify import MANIFEST_NAME, manifest_text, read_manifest
 from trainer.durable import sha256_of_file, xxh3_of_file
 from trainer.errors import (
@@ -21,7 +22,6 @@ from trainer.errors import (
     DataError,
     MissingInputError,
     NotEqualError,
-    RunLockedError,
 )
 from trainer.tensor_file import TensorFile
 
