@@ -32,6 +32,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "checkpoint": ("tools.checkpoint", "list, verify, prune, pin and import checkpoints"),
     "export": ("tools.export", "turn a checkpoint into a safetensors model and prove it"),
     "verify": ("tools.verify", "is a model whole, complete and signed by whom it should be?"),
+    "push": ("tools.push", "copy a model to object storage, its manifest last"),
     "diff": ("tools.diff", "how two models differ: every tensor, settings, tokenizer; 1 when they do"),
     "merge": ("tools.merge", "merge models: weighted average, SLERP, TIES"),
     "quantize": ("tools.quantize", "make a smaller model and say what it lost"),

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.errors import DataError, MissingInputError
+from trainer.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from tools.model_tensors import ModelTensors
@@ -92,7 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
 def difference(a: Path, b: Path) -> Difference:
     """Compare two model directories.
 
-    Raises MissingInputError when one is none, DataError when its files cannot be read.
+    Raises MissingInputError when one is none, UsageError when one is quantized, DataError when one cannot be read.
     """
     from tools.model_tensors import ModelTensors
     from tools.models import check_model_directory, is_quantized
@@ -100,9 +100,7 @@ def difference(a: Path, b: Path) -> Difference:
     for path in (a, b):
         check_model_directory(path)
         if is_quantized(path):
-            raise MissingInputError(
-                f"{path} is quantized", "compare the models it was made from, or use steadfast eval"
-            )
+            raise UsageError(f"{path} is quantized", "compare the models it was made from, or use steadfast eval")
     first, second = ModelTensors(a), ModelTensors(b)
     common = [name for name in first.shapes if name in second.shapes]
     different = [TensorDifference(name, "only in A") for name in first.shapes if name not in second.shapes]

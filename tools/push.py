@@ -1,11 +1,30 @@
-"""Copy an artefact to object storage: the files first, `manifest.json` last, so that what has one is complete."""
+"""Copy a model that Steadfast wrote to object storage.
+
+    steadfast push out/model s3://bucket/model      (any fsspec URL: file, s3, gs, memory ...)
+
+The files go first and `manifest.json` last: a copy that has one is complete. `steadfast export --push URL` does both.
+"""
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
-from tools.artefact import MANIFEST_NAME, read_manifest
+from tools.artefact import MANIFEST_NAME, SIGNATURE_NAME, read_manifest
 from trainer.remote import Destination, open_destination
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the command line of `steadfast push`."""
+    parser.add_argument("model", type=Path, metavar="MODEL", help="exported, merged or quantized model")
+    parser.add_argument("url", metavar="URL", help="where its files go")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Copy and say where it is now."""
+    push(arguments.model, arguments.url)
+    print(f"{arguments.model} is now at {arguments.url}")
+    return 0
 
 
 def push(model: Path, url: str) -> None:
@@ -15,14 +34,16 @@ def push(model: Path, url: str) -> None:
     UsageError when fsspec knows no such file system, CannotWriteError when the storage keeps failing.
     """
     filesystem, root = open_destination(url, "--push")
-    there = Destination(filesystem, root, f"{model} stays; push it again with steadfast push")
+    there = Destination(filesystem, root, f"{model} stays; steadfast push {model} {url} tries again")
+    files = set(read_manifest(model)["files"])
     text = (model / MANIFEST_NAME).read_bytes()
     found = there.content(MANIFEST_NAME)
-    if found == text:
-        return
-    if found is not None:
-        there.remove(MANIFEST_NAME)
-    files = set(read_manifest(model)["files"])
-    beside = {path.name for path in model.iterdir()} - files - {MANIFEST_NAME}  # the signature
-    for name in [*sorted(files), *sorted(beside), MANIFEST_NAME]:
-        there.put(model / name, name)
+    if found != text:
+        if found is not None:
+            there.remove(MANIFEST_NAME)
+        for name in sorted(files):
+            there.put(model / name, name)
+    if (model / SIGNATURE_NAME).is_file():
+        there.put(model / SIGNATURE_NAME, SIGNATURE_NAME)
+    if found != text:
+        there.put(model / MANIFEST_NAME, MANIFEST_NAME)

@@ -37,7 +37,6 @@ NUMPY_DTYPES = {
 }  # fmt: skip
 DTYPE_NAMES = {np.dtype(kind): name for name, kind in NUMPY_DTYPES.items()}
 MAX_HEADER_BYTES = 100 << 20
-SYNC_EVERY_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -89,13 +88,10 @@ class TensorFileWriter:
         self._written = 0
         self._fast = xxhash.xxh3_128()
         self._strong = hashlib.sha256() if with_sha256 else None
-        # sha256 is as slow as a disk, and neither needs Python's lock: hashing, writing back and our caller's work on
-        # the next piece go on side by side.
-        self._hasher = ThreadPoolExecutor(1)
-        self._syncer = ThreadPoolExecutor(1)
-        self._hashed: Future[None] | None = None
-        self._synced: Future[None] | None = None
-        self._unsynced = 0
+        # sha256 is as slow as a disk and neither needs the lock of Python: hashing, writing and the next piece of our
+        # caller go on side by side.
+        self._workers = ThreadPoolExecutor(2) if with_sha256 else None
+        self._pending: list[Future[None]] = []
 
     def __enter__(self) -> TensorFileWriter:
         with write_errors(self.path):
@@ -110,7 +106,7 @@ class TensorFileWriter:
     def write_pieces(self, name: str, pieces: Iterable[np.ndarray[Any, Any]]) -> None:
         """The same for a tensor that comes in pieces, in the order of its elements.
 
-        A piece must not change after it was given: it may be hashed while the next one is made.
+        With sha256 a piece must not change after it was given: it is hashed and written while the next one is made.
         """
         expected_name, expected = self._expected[self._written] if self._written < len(self._expected) else ("", 0)
         size = 0
@@ -138,8 +134,8 @@ class TensorFileWriter:
                 strong = self._strong.hexdigest() if self._strong else None
                 self._digest = FileDigest(size, self._fast.hexdigest(), strong)
         finally:
-            self._hasher.shutdown()
-            self._syncer.shutdown()
+            if self._workers:
+                self._workers.shutdown()
             with write_errors(self.path):
                 self._stream.close()
 
@@ -151,30 +147,21 @@ class TensorFileWriter:
         return self._digest
 
     def _put(self, data: memoryview) -> None:
-        """Write `data` while it is hashed; at most one piece waits for its hash and one stretch for the disk."""
-        self._wait_for_hash()
-        if self._strong:
-            self._hashed = self._hasher.submit(self._strong.update, data)
+        """Hash and write the next bytes; with sha256 in other threads, one piece at a time."""
         self._fast.update(data)
-        rest = data
-        while rest.nbytes:
-            rest = rest[self._stream.write(rest) :]
-        self._unsynced += data.nbytes
-        # A kernel left alone collects gigabytes and writes them when the file is closed: the disk would be idle now.
-        if self._unsynced >= SYNC_EVERY_BYTES:
-            if self._synced is not None:
-                self._synced.result()
-            self._synced = self._syncer.submit(os.fdatasync, self._stream.fileno())
-            self._unsynced = 0
+        if self._strong is None or self._workers is None:
+            self._write(data)
+            return
+        self._wait()
+        self._pending = [self._workers.submit(self._strong.update, data), self._workers.submit(self._write, data)]
 
-    def _wait_for_hash(self) -> None:
-        if self._hashed is not None:
-            self._hashed.result()
+    def _write(self, data: memoryview) -> None:
+        while data.nbytes:
+            data = data[self._stream.write(data) :]
 
     def _wait(self) -> None:
-        self._wait_for_hash()
-        if self._synced is not None:
-            self._synced.result()
+        for each in self._pending:
+            each.result()
 
 
 class TensorFile:
