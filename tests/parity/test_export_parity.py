@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.support.models import save_slice_checkpoint, tiny_model, tiny_tokenizer
 from tools import export_proof
@@ -112,8 +113,6 @@ def test_manifest_names_every_file_with_its_sha256(run: Path, tmp_path: Path) ->
 
 
 def test_bfloat16_is_the_rounded_weight_and_the_trained_dtype_is_the_default(tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
     live = tiny_model(TOKENIZER, seed=6)
     save_slice_checkpoint(tmp_path / "run", live, TOKENIZER, dtype="bfloat16")
     report = export_checkpoint(tmp_path / "run", tmp_path / "model")
@@ -124,6 +123,60 @@ def test_bfloat16_is_the_rounded_weight_and_the_trained_dtype_is_the_default(tmp
         assert torch.equal(tensor, live.state_dict()[name].to(torch.bfloat16))
     assert json.loads((tmp_path / "model" / "config.json").read_text())["dtype"] == "bfloat16"
     assert export_checkpoint(tmp_path / "run", tmp_path / "wide", dtype="float32").dtype == "float32"
+
+
+def test_float16_is_the_rounded_weight_and_what_is_beyond_its_range_is_refused(tmp_path: Path) -> None:
+    live = tiny_model(TOKENIZER, seed=6)
+    save_slice_checkpoint(tmp_path / "run", live, TOKENIZER)
+    report = export_checkpoint(tmp_path / "run", tmp_path / "model", dtype="float16")
+    assert 0 < (report.logit_max_diff or 0) < 0.05
+    for name, tensor in load_file(tmp_path / "model" / "model.safetensors").items():
+        assert torch.equal(tensor, live.state_dict()[name].half())
+    with torch.no_grad():
+        live.lm_head.weight[0, 0] = 70_000.0
+    save_slice_checkpoint(tmp_path / "large", live, TOKENIZER)
+    with pytest.raises(DataError, match=r"lm_head\.weight holds values beyond the range of float16"):
+        export_checkpoint(tmp_path / "large", tmp_path / "other", dtype="float16")
+    assert_nothing_at(tmp_path / "other")
+
+
+def test_frozen_parameters_and_resized_embeddings_are_exported_as_they_are(tmp_path: Path) -> None:
+    live = tiny_model(TOKENIZER, seed=7)
+    live.resize_token_embeddings(300)
+    frozen = [name for name, _ in live.named_parameters() if ".layers.0." in name]
+    save_slice_checkpoint(tmp_path / "run", live, TOKENIZER, frozen=frozen)
+    export_checkpoint(tmp_path / "run", tmp_path / "model")
+    exported = load_file(tmp_path / "model" / "model.safetensors")
+    assert exported["model.embed_tokens.weight"].shape == (300, 32)
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["vocab_size"] == 300
+    for name, tensor in live.named_parameters():
+        assert torch.equal(exported[name], tensor)
+
+
+def test_a_tensor_larger_than_a_piece_comes_in_pieces(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export_checkpoint(run, tmp_path / "whole")
+    monkeypatch.setattr("tools.checkpoint_tensors.PIECE_ELEMENTS", 100)
+    monkeypatch.setattr("tools.model_tensors.PIECE_ELEMENTS", 77)
+    export_checkpoint(run, tmp_path / "pieces")
+    for name in ("model.safetensors", "proof.json"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "pieces" / name).read_bytes()
+
+
+def test_the_configuration_of_the_run_comes_along_and_a_checkpoint_alone_has_none(run: Path, tmp_path: Path) -> None:
+    own = Path(shutil.copytree(run, tmp_path / "run"))
+    (own / "config.yaml").write_text("optimizer: {learning_rate: 1.0e-05}\n")
+    export_checkpoint(own, tmp_path / "model", verify=False)
+    assert (tmp_path / "model" / "training-config.yaml").read_text() == (own / "config.yaml").read_text()
+    export_checkpoint(run, tmp_path / "alone", verify=False)
+    assert not (tmp_path / "alone" / "training-config.yaml").exists()
+
+
+def test_without_verification_the_bytes_of_the_checkpoint_are_not_checked(copy: Path, tmp_path: Path) -> None:
+    damage(copy / "rank-00002-of-00003.safetensors")
+    export_checkpoint(copy, tmp_path / "model", verify=False)
+    assert "Not verified: exported with --no-verify" in (tmp_path / "model" / "README.md").read_text()
 
 
 def test_a_parameter_stored_twice_though_tied_is_dropped_only_when_equal(tmp_path: Path) -> None:
