@@ -23,6 +23,7 @@ import numpy as np
 from trainer.durable import sha256_of_file, sync_directory, sync_file, write_errors, write_file
 from trainer.errors import CannotWriteError, DataError, MissingInputError, UsageError
 from trainer.locks import take_lock
+from trainer.names import is_plain_path
 from trainer.tensor_file import DTYPE_BYTES, TensorFileWriter
 
 MANIFEST_NAME = "manifest.json"
@@ -247,6 +248,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     body: dict[str, Any] = json.loads(text)
     if _manifest_text({key: value for key, value in body.items() if key != SELF_HASH}).encode() != text:
         raise DataError(f"{path} is not as it was written", "export or quantize the model again")
+    if outside := [name for name in body["files"] if not is_plain_path(name.lstrip("."))]:
+        raise DataError(f"{path} names the file {outside[0]!r}", "a model's files lie in its directory")
     return body
 
 

@@ -10,9 +10,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from tools.artefact import MANIFEST_NAME, SIGNATURE_NAME, read_manifest
-from trainer.remote import Destination, open_destination
-
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the command line of `steadfast push`."""
@@ -33,6 +30,9 @@ def push(model: Path, url: str) -> None:
     Until its `manifest.json` is there, nobody takes the copy for a model: an older one is removed first. Raises
     UsageError when fsspec knows no such file system, CannotWriteError when the storage keeps failing.
     """
+    from tools.artefact import MANIFEST_NAME, SIGNATURE_NAME, read_manifest
+    from trainer.remote import Destination, open_destination
+
     filesystem, root = open_destination(url, "--push")
     there = Destination(filesystem, root, f"{model} stays; steadfast push {model} {url} tries again")
     files = set(read_manifest(model)["files"])

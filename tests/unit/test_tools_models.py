@@ -80,6 +80,16 @@ def test_verify_sees_that_a_manifest_was_made_for_an_incomplete_model(model: Pat
         verify_model(model)
 
 
+def test_a_manifest_that_names_a_file_outside_is_neither_verified_nor_pushed(model: Path, tmp_path: Path) -> None:
+    from tools.artefact import describe, write_manifest
+
+    (tmp_path / "secret").write_text("secret")
+    write_manifest(model, {"../secret": describe(tmp_path / "secret")}, {})
+    for work in (lambda: verify_model(model), lambda: push(model, f"memory://outside/{tmp_path.name}")):
+        with pytest.raises(DataError, match=r"names the file '\.\./secret'"):
+            work()
+
+
 def test_diff_says_how_much_of_which_tensor_differs(
     exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -268,7 +278,7 @@ def test_a_copy_in_object_storage_has_its_manifest_last_or_none(
     exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = Recording()
-    monkeypatch.setattr("tools.push.open_destination", lambda url, what: (store, "/models/tiny"))
+    monkeypatch.setattr("trainer.remote.open_destination", lambda url, what: (store, "/models/tiny"))
     monkeypatch.setattr("trainer.remote.FIRST_PAUSE_SECONDS", 0.0)
     push(exported, "recording://models/tiny")
     names = {path.name for path in exported.iterdir()}
