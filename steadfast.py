@@ -31,9 +31,13 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "blame": ("tools.blame", "which documents made a step, and which of them hurt"),
     "checkpoint": ("tools.checkpoint", "list, verify, prune, pin and import checkpoints"),
     "export": ("tools.export", "turn a checkpoint into a safetensors model and prove it"),
+    "verify": ("tools.verify", "is a model whole, complete and signed by whom it should be?"),
+    "push": ("tools.push", "copy a model to object storage, its manifest last"),
+    "diff": ("tools.diff", "how two models differ: every tensor, settings, tokenizer; 1 when they do"),
+    "merge": ("tools.merge", "merge models: weighted average, SLERP, TIES"),
     "quantize": ("tools.quantize", "make a smaller model and say what it lost"),
     "eval": ("tools.eval", "exact match of a model's answers on held-out prompts"),
-    "bench": ("tools.bench", "measure the data path beside other tools, and what checkpoints cost"),
+    "bench": ("tools.bench", "measure the data path and exports beside other tools, and what checkpoints cost"),
     "serve": ("tools.serve", "serve a model over an OpenAI-compatible HTTP interface"),
 }
 

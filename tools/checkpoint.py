@@ -2,7 +2,6 @@
 
 steadfast checkpoint list runs/NAME
 steadfast checkpoint verify runs/NAME                      every byte of every checkpoint; 74 when one is damaged
-steadfast checkpoint verify out/model                      an exported or quantized model, too
 steadfast checkpoint prune runs/NAME --keep 2 --dry-run
 steadfast checkpoint pin runs/NAME 1200                    retention never removes it; unpin lets go
 steadfast checkpoint import my.yaml old/global_step900 --i-trust-this-file      go on from a DeepSpeed checkpoint
@@ -19,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.errors import CheckpointError, DataError, MissingInputError, RunLockedError, UsageError
+from trainer.errors import CheckpointError, MissingInputError, RunLockedError, UsageError
 
 if TYPE_CHECKING:
     from trainer.checkpoint.verify import Manifest
@@ -48,8 +47,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     listing = commands.add_parser("list", help="show the checkpoints of a run")
     listing.add_argument("run", type=Path, metavar="RUN")
 
-    verify = commands.add_parser("verify", help="check every byte of a run's checkpoints, one checkpoint or a model")
-    verify.add_argument("source", type=Path, metavar="RUN|CHECKPOINT|MODEL")
+    verify = commands.add_parser("verify", help="check every byte of a run's checkpoints, or of one")
+    verify.add_argument("source", type=Path, metavar="RUN|CHECKPOINT")
 
     prune = commands.add_parser("prune", help="remove checkpoints beyond the newest ones")
     prune.add_argument("run", type=Path, metavar="RUN")
@@ -127,15 +126,12 @@ def entries_of(checkpoints: Path) -> list[Entry]:
 
 
 def _first_sight(path: Path) -> tuple[Manifest | None, str | None]:
-    from trainer.checkpoint.verify import check_sizes, read_manifest, refuse_foreign_files
+    from trainer.checkpoint.verify import inspect_checkpoint
 
     try:
-        manifest = read_manifest(path)
-        refuse_foreign_files(path, manifest)
-        check_sizes(path, manifest)
+        return inspect_checkpoint(path), None
     except CheckpointError as error:
         return None, error.fact
-    return manifest, None
 
 
 def _verify(arguments: argparse.Namespace) -> int:
@@ -155,30 +151,27 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def verified(source: Path) -> list[tuple[Path, str | None]]:
-    """Every checkpoint (or the model) that `source` stands for, newest first, and what is wrong with it.
+    """Every checkpoint that `source` stands for, newest first, and what is wrong with it.
 
     All bytes are read. Raises MissingInputError when there is nothing to verify.
     """
-    from tools.artefact import MANIFEST_NAME as MODEL_MANIFEST
-    from tools.artefact import verify_artefact
     from trainer.checkpoint.verify import committed_steps, is_checkpoint, step_directory, verify_checkpoint
 
     def problem_with(path: Path) -> str | None:
         try:
-            if is_checkpoint(path):
-                verify_checkpoint(path)
-            else:
-                verify_artefact(path)
-        except (CheckpointError, DataError) as error:
+            verify_checkpoint(path)
+        except CheckpointError as error:
             return error.fact
         return None
 
-    if is_checkpoint(source) or (source / MODEL_MANIFEST).is_file():
+    if is_checkpoint(source):
         return [(source, problem_with(source))]
     checkpoints = _checkpoints_of(source)
     paths = [step_directory(checkpoints, step) for step in committed_steps(checkpoints)]
     if not paths:
-        raise MissingInputError(f"{source} holds no checkpoint", "give a run, a checkpoint or an exported model")
+        raise MissingInputError(
+            f"{source} holds no checkpoint", "give a run or a checkpoint; steadfast verify is for models"
+        )
     return [(path, problem_with(path)) for path in paths]
 
 

@@ -1,40 +1,16 @@
-"""How close two models are: on the probes stored beside a checkpoint, and on any prompts.
-
-A probe is a row of token ids with the live engine's logits at its last positions. They are written when a checkpoint is
-saved, so parity can be shown later without the engine.
-"""
+"""How close a changed model is to its original, on any prompts."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from trainer.errors import CheckpointError, DataError
+from trainer.errors import DataError
 
-PROBE_NAME = "probe.safetensors"
-FLOAT32_TOLERANCE = 1e-4
-BFLOAT16_SHARE = 0.05
 MAX_PROMPT_TOKENS = 1024
-
-
-@dataclass(frozen=True)
-class Proof:
-    """The outcome of a comparison with stored logits; written as `proof.json`."""
-
-    logit_max_diff: float
-    top1_agreement: float
-    prompts: list[list[int]]
-    """Token ids of the probes."""
-    positions: int
-    """Positions compared: the last ones of every probe."""
-    tolerance: float
-    dtype: str
-    passed: bool
 
 
 @dataclass(frozen=True)
@@ -46,58 +22,6 @@ class Distance:
     """Mean over positions of KL(original || changed), in nats."""
     max_kl: float
     positions: int
-
-
-def compare_with_probe(model_path: Path, checkpoint: Path, *, dtype: str, trained_dtype: str) -> Proof:
-    """Load `model_path` with plain transformers and compare with the logits stored in `checkpoint`.
-
-    Forward passes run in float32 whatever the file's dtype. Where both the training and the file are float32 the
-    allowed difference is 1e-4. Where one is bfloat16 it is 5 % of the largest stored logit: bfloat16 keeps 8 bits, so
-    every weight and activation is off by up to 0.4 %, and the errors of the layers add up; a weight that is wrong and
-    not only rounded moves logits by the size of the logits themselves.
-    """
-    from transformers import AutoModelForCausalLM
-
-    ids, logits = _read_probe(checkpoint)
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            model_path,
-            dtype=torch.float32,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"the export of {checkpoint} does not load: {reason}", "nothing was exported") from error
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if names := sorted(map(str, report.get(kind) or ())):
-            raise CheckpointError(
-                f"the export of {checkpoint} has {kind.replace('_', ' ')}: {names[0]}", "nothing was exported"
-            )
-    kept = logits.shape[1]
-    largest_difference, same, count = 0.0, 0, 0
-    finite = True
-    with torch.inference_mode():
-        for row, expected in zip(ids, logits, strict=True):
-            found = model(input_ids=row[None], logits_to_keep=kept).logits[0, -kept:].float()
-            difference = (found - expected).abs().max().item()
-            finite = finite and math.isfinite(difference)
-            largest_difference = max(largest_difference, difference)
-            same += int((found.argmax(-1) == expected.argmax(-1)).sum())
-            count += kept
-    rounded = "bfloat16" in (dtype, trained_dtype)
-    tolerance = BFLOAT16_SHARE * max(1.0, float(logits.abs().max())) if rounded else FLOAT32_TOLERANCE
-    return Proof(
-        logit_max_diff=largest_difference,
-        top1_agreement=same / count,
-        prompts=ids.tolist(),
-        positions=count,
-        tolerance=tolerance,
-        dtype=dtype,
-        passed=finite and largest_difference <= tolerance,
-    )
 
 
 def distance(original: Any, changed: Any, prompts: Sequence[Sequence[int]]) -> Distance:
@@ -126,19 +50,3 @@ def _rows(prompts: Sequence[Sequence[int]], device: Any) -> Iterator[torch.Tenso
     for prompt in prompts:
         if prompt:
             yield torch.tensor([list(prompt)[:MAX_PROMPT_TOKENS]], dtype=torch.long, device=device)
-
-
-def _read_probe(checkpoint: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    path = checkpoint / PROBE_NAME
-    if not path.is_file():
-        raise CheckpointError(
-            f"checkpoint {checkpoint} has no {PROBE_NAME}, so there is nothing to verify against",
-            "export without verification",
-        )
-    tensors = load_file(path)
-    ids, logits = tensors["input_ids"].long(), tensors["logits"].float()
-    if ids.ndim != 2 or logits.ndim != 3 or ids.shape[0] != logits.shape[0] or not 0 < logits.shape[1] <= ids.shape[1]:
-        raise CheckpointError(f"{path} is not a probe", "export without verification")
-    return ids, logits

@@ -1,6 +1,7 @@
 """User-facing errors. Each class is one kind of trouble and carries the exit code that launchers act on.
 
     SteadfastError                 70  a bug of ours (also: any exception that is none of the below)
+    ├── NotEqualError               1  two things were compared and are not equal
     ├── UsageError                  2  the command line makes no sense
     │   └── ConfigError             2  the configuration is wrong; holds every problem found, not only the first
     ├── DataError                  65  a row, a template or a store is bad
@@ -43,6 +44,13 @@ class SteadfastError(Exception):
 
     def __str__(self) -> str:
         return "\n".join(self.lines())
+
+
+class NotEqualError(SteadfastError):
+    """What was to be shown equal is not: an export and its checkpoint, a model and its signature."""
+
+    exit_code = 1
+    meaning = "not equal"
 
 
 class UsageError(SteadfastError):

@@ -2,6 +2,7 @@
 
 The library's `save_file` wants every tensor at once; checkpoints and exports of large models must not. Writing is
 sequential: the header is fixed first, then the tensors follow in its order, hashed on the way. Reading maps the file.
+Both can go piece by piece, so that not even one whole tensor has to be in memory.
 The format: 8 bytes little-endian header length, JSON header {name: {dtype, shape, data_offsets}}, then the bytes
 (https://github.com/huggingface/safetensors, section "Format").
 """
@@ -11,8 +12,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -85,23 +88,37 @@ class TensorFileWriter:
         self._written = 0
         self._fast = xxhash.xxh3_128()
         self._strong = hashlib.sha256() if with_sha256 else None
+        # sha256 is as slow as a disk and neither needs the lock of Python: hashing, writing and the next piece of our
+        # caller go on side by side.
+        self._workers = ThreadPoolExecutor(2) if with_sha256 else None
+        self._pending: list[Future[None]] = []
 
     def __enter__(self) -> TensorFileWriter:
         with write_errors(self.path):
-            self._stream = self.path.open("xb")
-            self._put(self._prefix)
+            self._stream = self.path.open("xb", buffering=0)
+            self._put(memoryview(self._prefix))
         return self
 
     def write(self, name: str, content: np.ndarray[Any, Any]) -> None:
         """Append the next tensor; `name` and its size must be what the header announced."""
-        data = np.ascontiguousarray(content).reshape(-1).view(np.uint8).data
-        if self._written == len(self._expected) or (name, data.nbytes) != self._expected[self._written]:
-            raise ValueError(
-                f"{self.path}: {name} with {data.nbytes} bytes is not the tensor the header announces next"
-            )
+        self.write_pieces(name, [content])
+
+    def write_pieces(self, name: str, pieces: Iterable[np.ndarray[Any, Any]]) -> None:
+        """The same for a tensor that comes in pieces, in the order of its elements.
+
+        With sha256 a piece must not change after it was given: it is hashed and written while the next one is made.
+        """
+        expected_name, expected = self._expected[self._written] if self._written < len(self._expected) else ("", 0)
+        size = 0
+        for piece in pieces:
+            data = np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data
+            size += data.nbytes
+            if name == expected_name and size <= expected:
+                with write_errors(self.path):
+                    self._put(data)
+        if (name, size) != (expected_name, expected):
+            raise ValueError(f"{self.path}: {name} with {size} bytes is not the tensor the header announces next")
         self._written += 1
-        with write_errors(self.path):
-            self._put(data)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -111,12 +128,14 @@ class TensorFileWriter:
                 if self._written != len(self._expected):
                     raise ValueError(f"{self.path}: {self._expected[self._written][0]} was announced and never written")
                 with write_errors(self.path):
-                    self._stream.flush()
+                    self._wait()
                     os.fsync(self._stream.fileno())
                     size = self._stream.tell()
                 strong = self._strong.hexdigest() if self._strong else None
                 self._digest = FileDigest(size, self._fast.hexdigest(), strong)
         finally:
+            if self._workers:
+                self._workers.shutdown()
             with write_errors(self.path):
                 self._stream.close()
 
@@ -127,11 +146,22 @@ class TensorFileWriter:
             raise ValueError(f"{self.path} is not finished")
         return self._digest
 
-    def _put(self, data: bytes | memoryview) -> None:
-        self._stream.write(data)
+    def _put(self, data: memoryview) -> None:
+        """Hash and write the next bytes; with sha256 in other threads, one piece at a time."""
         self._fast.update(data)
-        if self._strong:
-            self._strong.update(data)
+        if self._strong is None or self._workers is None:
+            self._write(data)
+            return
+        self._wait()
+        self._pending = [self._workers.submit(self._strong.update, data), self._workers.submit(self._write, data)]
+
+    def _write(self, data: memoryview) -> None:
+        while data.nbytes:
+            data = data[self._stream.write(data) :]
+
+    def _wait(self) -> None:
+        for each in self._pending:
+            each.result()
 
 
 class TensorFile:
@@ -143,6 +173,7 @@ class TensorFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.entries, self.metadata = _read_header(path)
+        self._map: mmap.mmap | None = None
         self._bytes: np.ndarray[Any, np.dtype[np.uint8]] | None = None
 
     def array(self, name: str, start: int = 0, count: int | None = None) -> np.ndarray[Any, Any]:
@@ -153,8 +184,9 @@ class TensorFile:
         entry = self.entries[name]
         width = DTYPE_BYTES[entry.dtype]
         if self._bytes is None:
-            # As a plain array: every slice of a memmap object costs several times as much.
-            self._bytes = np.asarray(np.memmap(self.path, dtype=np.uint8, mode="r"))
+            with self.path.open("rb") as stream:
+                self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+            self._bytes = np.frombuffer(self._map, dtype=np.uint8)
         total = (entry.end - entry.begin) // width
         stop = total if count is None else start + count
         if not 0 <= start <= stop <= total:
@@ -163,6 +195,15 @@ class TensorFile:
             np.uint16 if entry.dtype == "BF16" else NUMPY_DTYPES[entry.dtype]
         )
         return flat if (start, count) != (0, None) else flat.reshape(entry.shape)
+
+    def forget(self) -> None:
+        """Give back the memory of what was read; views stay valid and read it again.
+
+        Pages of a mapped file count as memory of the process: whoever copies out of a file larger than memory wants
+        them back.
+        """
+        if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
 
 
 def _read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:

@@ -5,18 +5,33 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.support.models import save_slice_checkpoint, tiny_model, tiny_tokenizer
-from tools.export import export_checkpoint
+from tools import export_proof
+from tools.export import ExportReport
+from tools.export import export_checkpoint as export_with_fresh_process
 from trainer.checkpoint.verify import MANIFEST_NAME, manifest_text, read_manifest
 from trainer.durable import sha256_of_file, xxh3_of_file
-from trainer.errors import CannotWriteError, CheckpointError, DataError, MissingInputError
+from trainer.errors import (
+    CannotWriteError,
+    CheckpointError,
+    DataError,
+    MissingInputError,
+    NotEqualError,
+)
 from trainer.tensor_file import TensorFile
 
 TOKENIZER = tiny_tokenizer()
+
+
+def export_checkpoint(source: Path, out: Path, **options: Any) -> ExportReport:
+    """With the proof's examination in this process: a fresh one imports for seconds. One test below takes that way."""
+    return export_with_fresh_process(source, out, prove=export_proof.examine, **options)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +103,8 @@ def test_manifest_names_every_file_with_its_sha256(run: Path, tmp_path: Path) ->
         assert entry == {"bytes": (out / name).stat().st_size, "sha256": sha256_of_file(out / name)}
     assert manifest["step"] == 100
     proof = json.loads((out / "proof.json").read_text())
-    assert proof["passed"]
+    assert proof["tensors"] == 21
+    assert proof["files"] == len(manifest["files"]) - 2
     assert len(proof["prompts"]) == 3
     card = (out / "README.md").read_text()
     assert "| step | 100 |" in card
@@ -97,8 +113,6 @@ def test_manifest_names_every_file_with_its_sha256(run: Path, tmp_path: Path) ->
 
 
 def test_bfloat16_is_the_rounded_weight_and_the_trained_dtype_is_the_default(tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
     live = tiny_model(TOKENIZER, seed=6)
     save_slice_checkpoint(tmp_path / "run", live, TOKENIZER, dtype="bfloat16")
     report = export_checkpoint(tmp_path / "run", tmp_path / "model")
@@ -109,6 +123,60 @@ def test_bfloat16_is_the_rounded_weight_and_the_trained_dtype_is_the_default(tmp
         assert torch.equal(tensor, live.state_dict()[name].to(torch.bfloat16))
     assert json.loads((tmp_path / "model" / "config.json").read_text())["dtype"] == "bfloat16"
     assert export_checkpoint(tmp_path / "run", tmp_path / "wide", dtype="float32").dtype == "float32"
+
+
+def test_float16_is_the_rounded_weight_and_what_is_beyond_its_range_is_refused(tmp_path: Path) -> None:
+    live = tiny_model(TOKENIZER, seed=6)
+    save_slice_checkpoint(tmp_path / "run", live, TOKENIZER)
+    report = export_checkpoint(tmp_path / "run", tmp_path / "model", dtype="float16")
+    assert 0 < (report.logit_max_diff or 0) < 0.05
+    for name, tensor in load_file(tmp_path / "model" / "model.safetensors").items():
+        assert torch.equal(tensor, live.state_dict()[name].half())
+    with torch.no_grad():
+        live.lm_head.weight[0, 0] = 70_000.0
+    save_slice_checkpoint(tmp_path / "large", live, TOKENIZER)
+    with pytest.raises(DataError, match=r"lm_head\.weight holds values beyond the range of float16"):
+        export_checkpoint(tmp_path / "large", tmp_path / "other", dtype="float16")
+    assert_nothing_at(tmp_path / "other")
+
+
+def test_frozen_parameters_and_resized_embeddings_are_exported_as_they_are(tmp_path: Path) -> None:
+    live = tiny_model(TOKENIZER, seed=7)
+    live.resize_token_embeddings(300)
+    frozen = [name for name, _ in live.named_parameters() if ".layers.0." in name]
+    save_slice_checkpoint(tmp_path / "run", live, TOKENIZER, frozen=frozen)
+    export_checkpoint(tmp_path / "run", tmp_path / "model")
+    exported = load_file(tmp_path / "model" / "model.safetensors")
+    assert exported["model.embed_tokens.weight"].shape == (300, 32)
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["vocab_size"] == 300
+    for name, tensor in live.named_parameters():
+        assert torch.equal(exported[name], tensor)
+
+
+def test_a_tensor_larger_than_a_piece_comes_in_pieces(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export_checkpoint(run, tmp_path / "whole")
+    monkeypatch.setattr("tools.checkpoint_tensors.PIECE_ELEMENTS", 100)
+    monkeypatch.setattr("tools.model_tensors.PIECE_ELEMENTS", 77)
+    export_checkpoint(run, tmp_path / "pieces")
+    for name in ("model.safetensors", "proof.json"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "pieces" / name).read_bytes()
+
+
+def test_the_configuration_of_the_run_comes_along_and_a_checkpoint_alone_has_none(run: Path, tmp_path: Path) -> None:
+    own = Path(shutil.copytree(run, tmp_path / "run"))
+    (own / "config.yaml").write_text("optimizer: {learning_rate: 1.0e-05}\n")
+    export_checkpoint(own, tmp_path / "model", verify=False)
+    assert (tmp_path / "model" / "training-config.yaml").read_text() == (own / "config.yaml").read_text()
+    export_checkpoint(run, tmp_path / "alone", verify=False)
+    assert not (tmp_path / "alone" / "training-config.yaml").exists()
+
+
+def test_without_verification_the_bytes_of_the_checkpoint_are_not_checked(copy: Path, tmp_path: Path) -> None:
+    damage(copy / "rank-00002-of-00003.safetensors")
+    export_checkpoint(copy, tmp_path / "model", verify=False)
+    assert "Not verified: exported with --no-verify" in (tmp_path / "model" / "README.md").read_text()
 
 
 def test_a_parameter_stored_twice_though_tied_is_dropped_only_when_equal(tmp_path: Path) -> None:
@@ -173,7 +241,7 @@ def test_a_model_that_is_not_the_live_one_is_refused(tmp_path: Path) -> None:
     other = save_slice_checkpoint(tmp_path / "other", live, TOKENIZER)
     shutil.copyfile(other / "probe.safetensors", checkpoint / "probe.safetensors")
     rewrite_manifest(checkpoint)
-    with pytest.raises(CheckpointError, match="the exported model is not the live one"):
+    with pytest.raises(NotEqualError, match="the exported model is not the live one"):
         export_checkpoint(checkpoint, tmp_path / "model")
     assert_nothing_at(tmp_path / "model")
     assert export_checkpoint(checkpoint, tmp_path / "model", verify=False).logit_max_diff is None

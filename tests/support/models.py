@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +80,12 @@ def save_slice_checkpoint(
     world_size: int = 2,
     dtype: str = "float32",
     kept_positions: int = 4,
+    frozen: Collection[str] = (),
 ) -> Path:
     """Write a committed checkpoint of `model` (fp32) below `run`, cut over `world_size` ranks at uneven places.
 
     `dtype` is what the manifest says the live model computed in. Parameters that share memory are stored once. The
-    probe holds the logits of `model` itself.
+    probe holds the logits of `model` itself. Of `frozen` parameters the file holds no moments.
     """
     import numpy as np
     import torch
@@ -105,7 +107,7 @@ def save_slice_checkpoint(
             cuts = [values.size * part // (world_size * 2 - 1) * 2 for part in range(world_size)] + [values.size]
             if values.size < 64:
                 cuts = [0] + [values.size] * world_size
-            for kind in KINDS:
+            for kind in KINDS[:1] if name in frozen else KINDS:
                 if cuts[rank] < cuts[rank + 1]:
                     part = values[cuts[rank] : cuts[rank + 1]]
                     pieces[slice_key(kind, cuts[rank], name)] = part if kind == "master" else np.zeros_like(part)
@@ -133,7 +135,14 @@ def save_slice_checkpoint(
             str(file.relative_to(path)): {"bytes": file.stat().st_size, "xxh3_128": xxh3_of_file(file)}
             for file in files
         },
-        parameters={name: {"shape": list(names[name].shape), "dtype": dtype} for name in parameters},
+        parameters={
+            name: {
+                "shape": list(names[name].shape),
+                "dtype": dtype,
+                **({"frozen": True} if name in frozen else {}),
+            }
+            for name in parameters
+        },
         tied={name: owner for name, owner in owners.items() if name != owner},
         buffers={},
         identity={"data": "d41d8c", "tokenizer": "98f00b"},

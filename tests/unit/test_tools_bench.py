@@ -14,6 +14,7 @@ import pytest
 
 from tools import bench
 from tools.benchmarks import corpus, measure, ours, packing, read, readers, startup
+from tools.benchmarks import export as exports
 from trainer.cli import run_command
 from trainer.data.store.packing import RowPlan
 
@@ -152,6 +153,27 @@ def test_the_report_has_every_line_and_names_what_is_absent(tmp_path: Path, monk
     for line in lines:
         assert line.contender.split(",")[0] in printed.getvalue()
     json.dumps([bench._as_json(line) for line in lines])
+
+
+def test_exports_of_every_kind_are_compared_with_what_was_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def here(function: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        try:
+            found: dict[str, Any] = getattr(exports, function.partition(":")[2])(**arguments)
+        except Exception as error:
+            raise RuntimeError(str(error)) from error
+        return found
+
+    monkeypatch.setattr(exports, "run_apart", here)
+    lines = {line.contender: line for line in exports.run(tmp_path, quick=True, rounds=1, seed=0, say=quiet)}
+    for kind in ("tied", "partly frozen"):
+        assert "0 of" in lines[f"Steadfast: {kind}"].note
+        assert lines[f"Steadfast: {kind}"].facts["missing"] == []
+    assert "share memory" in lines["DeepSpeed zero_to_fp32, lazy: tied"].note
+    ours, peer = (line for name, line in lines.items() if name.endswith("time"))
+    assert peer.ratio == pytest.approx(peer.value / ours.value)
+    assert {line.goal for line in lines.values()} == {None, exports.MEMORY_GOAL, exports.TIME_GOAL}
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,9 @@ ROOT = Path(__file__).resolve().parents[2]
 FORMATS = {
     "trainer.errors",
     "trainer.durable",
+    "trainer.locks",
+    "trainer.orphans",
+    "trainer.remote",
     "trainer.names",
     "trainer.tensor_file",
     "trainer.data.encode.rendering",  # chat templates are rendered in one way only
@@ -20,7 +23,8 @@ FORMATS = {
 }
 FILES = [
     *(ROOT / "tools" / f"{name}.py" for name in ("artefact", "chat", "eval", "export", "int8", "models", "proof")),
-    *(ROOT / "tools" / f"{name}.py" for name in ("quantize", "serve")),
+    *(ROOT / "tools" / f"{name}.py" for name in ("quantize", "serve", "verify", "diff", "merge", "push", "signing")),
+    *(ROOT / "tools" / f"{name}.py" for name in ("checkpoint_tensors", "export_proof", "model_card", "model_tensors")),
     *(ROOT / "tools" / "serving").glob("*.py"),
 ]
 

@@ -28,6 +28,7 @@ from trainer.engine.device import generator_states
 from trainer.engine.partitions import true_shape
 from trainer.engine.protocol import SavableEngine
 from trainer.model.load import tied_names
+from trainer.revision import code_revision
 from trainer.state import SaveReport, TrainState, finite
 from trainer.tensor_file import DTYPE_NAMES
 from trainer.world import World
@@ -99,6 +100,7 @@ class Capture:
             identity=self.identity,
             provenance={
                 "steadfast": VERSION,
+                "revision": code_revision(),
                 "torch": torch.__version__,
                 "saved": datetime.now(UTC).isoformat(timespec="seconds"),
                 "tokens_seen": state.tokens_seen,

@@ -92,6 +92,7 @@ class SliceReader:
             begin, end = max(start, piece.start), min(stop, piece.start + piece.count)
             if begin < end:
                 result[begin - start : end - start] = _as_fp32(piece, begin - piece.start, end - begin)
+                piece.file.forget()
         return result
 
     def buffer(self, name: str) -> np.ndarray[Any, Any]:

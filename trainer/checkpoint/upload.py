@@ -19,19 +19,18 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from trainer.checkpoint.verify import MANIFEST_NAME, read_manifest, verify_files
-from trainer.errors import CannotWriteError, SteadfastError, UsageError
+from trainer.errors import SteadfastError
 from trainer.orphans import die_with_parent
+from trainer.remote import ATTEMPTS, Destination, open_destination
 from trainer.state import SaveReport
 
 ROOT = Path(__file__).resolve().parents[2]
-ATTEMPTS = 6
-FIRST_PAUSE_SECONDS = 1.0
 LATEST = "latest"
+SETTING = "checkpoint.upload"
 _START_COMMAND = (
     sys.executable,
     "-c",
@@ -47,73 +46,19 @@ def upload_checkpoint(
     Every operation is tried `attempts` times with growing pauses. Raises CannotWriteError when one of them keeps
     failing; what is there then is not a checkpoint to any reader. CheckpointError when the local one is damaged.
     """
-
-    def insist(what: str, work: Callable[[], Any]) -> Any:
-        attempt = 0
-        while True:
-            attempt += 1
-            try:
-                return work()
-            except Exception as error:
-                # Anything at all: every storage service has failures of its own.
-                if attempt >= attempts:
-                    raise CannotWriteError(
-                        f"cannot write {what} after {attempts} attempts: {type(error).__name__}: {error}",
-                        "the local checkpoint stays; the next start tries again",
-                    ) from error
-                pause(FIRST_PAUSE_SECONDS * 2 ** (attempt - 1))
-
+    there = Destination(filesystem, root, "the local checkpoint stays; the next start tries again", pause, attempts)
     manifest = read_manifest(path)
     verify_files(path, manifest)
-    target = f"{root}/{path.name}"
+    place = f"{path.name}/{MANIFEST_NAME}"
     text = (path / MANIFEST_NAME).read_bytes()
-    there = insist(f"{target}/{MANIFEST_NAME}", lambda: _content(filesystem, f"{target}/{MANIFEST_NAME}"))
-    if there != text:
-        if there is not None:
+    found = there.content(place)
+    if found != text:
+        if found is not None:
             # Another checkpoint of this step: it ends to be one before its files change.
-            insist(f"{target}/{MANIFEST_NAME}", lambda: filesystem.rm_file(f"{target}/{MANIFEST_NAME}"))
+            there.remove(place)
         for name in [*manifest.files, MANIFEST_NAME]:
-            insist(f"{target}/{name}", partial(_put, filesystem, path / name, f"{target}/{name}"))
-    insist(f"{root}/{LATEST}", lambda: _put_text(filesystem, f"{root}/{LATEST}", f"{path.name}\n".encode()))
-
-
-def _content(filesystem: Any, place: str) -> bytes | None:
-    try:
-        found: bytes = filesystem.cat_file(place)
-    except FileNotFoundError:
-        return None
-    return found
-
-
-def _put(filesystem: Any, source: Path, place: str) -> None:
-    filesystem.makedirs(place.rpartition("/")[0], exist_ok=True)
-    filesystem.put_file(str(source), place)
-    _check_size(filesystem, place, source.stat().st_size)
-
-
-def _put_text(filesystem: Any, place: str, content: bytes) -> None:
-    filesystem.pipe_file(place, content)
-    _check_size(filesystem, place, len(content))
-
-
-def _check_size(filesystem: Any, place: str, expected: int) -> None:
-    # What a listing said earlier may be out of date.
-    filesystem.invalidate_cache()
-    if (size := filesystem.info(place)["size"]) != expected:
-        raise OSError(f"{place} has {size} bytes, sent were {expected}")
-
-
-def open_destination(url: str) -> tuple[Any, str]:
-    """The fsspec file system of `url` and the path in it; UsageError when fsspec has none for it."""
-    import fsspec
-
-    try:
-        filesystem, root = fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        raise UsageError(
-            f"checkpoint.upload: {url} cannot be used: {error}", "give file://, s3://, gs:// ..."
-        ) from error
-    return filesystem, str(root).rstrip("/")
+            there.put(path / name, f"{path.name}/{name}")
+    there.put_text(LATEST, f"{path.name}\n".encode())
 
 
 class Uploads:
@@ -121,7 +66,7 @@ class Uploads:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        open_destination(url)
+        open_destination(url, SETTING)
         self._process = subprocess.Popen(
             [*_START_COMMAND, str(os.getpid()), url], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
         )
@@ -190,7 +135,7 @@ def main() -> None:
         die_with_parent(int(sys.argv[-2]))
     replies = os.dup(1)
     os.dup2(2, 1)
-    filesystem, root = open_destination(sys.argv[-1])
+    filesystem, root = open_destination(sys.argv[-1], SETTING)
     for line in sys.stdin:
         path = Path(json.loads(line))
         problem = None

@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -178,12 +178,22 @@ def is_checkpoint(path: Path) -> bool:
     return (path / MANIFEST_NAME).is_file() or (path.is_dir() and bool(_STEP_NAME.fullmatch(path.name)))
 
 
-def newest_valid_step(checkpoints: Path) -> tuple[int | None, list[str]]:
-    """Step of the newest checkpoint whose every byte is as committed, and what is wrong with the newer ones."""
+def inspect_checkpoint(path: Path) -> Manifest:
+    """The part of `verify_checkpoint` that reads no file but the manifest: names and sizes."""
+    manifest = read_manifest(path)
+    refuse_foreign_files(path, manifest)
+    check_sizes(path, manifest)
+    return manifest
+
+
+def newest_valid_step(
+    checkpoints: Path, check: Callable[[Path], Manifest] = verify_checkpoint
+) -> tuple[int | None, list[str]]:
+    """Step of the newest checkpoint that passes `check`, and what is wrong with the newer ones."""
     problems = []
     for step in committed_steps(checkpoints):
         try:
-            verify_checkpoint(step_directory(checkpoints, step))
+            check(step_directory(checkpoints, step))
         except CheckpointError as error:
             problems.append(error.fact)
         else:
@@ -191,19 +201,21 @@ def newest_valid_step(checkpoints: Path) -> tuple[int | None, list[str]]:
     return None, problems
 
 
-def find_checkpoint(source: Path) -> Path:
+def find_checkpoint(source: Path, check: Callable[[Path], Manifest] = verify_checkpoint) -> Path:
     """The valid checkpoint `source` stands for: itself, or the newest valid one of a run directory.
+
+    Valid is what passes `check`, by default every byte.
 
     A damaged newer one is named on stderr. Raises MissingInputError when there is none, CheckpointError when all are
     damaged.
     """
     if is_checkpoint(source):
-        verify_checkpoint(source)
+        check(source)
         return source
     checkpoints = source / CHECKPOINTS if (source / CHECKPOINTS).is_dir() else source
     if not committed_steps(checkpoints):
         raise MissingInputError(f"{source} holds no checkpoint", "give a run directory or checkpoints/step-...")
-    step, problems = newest_valid_step(checkpoints)
+    step, problems = newest_valid_step(checkpoints, check)
     if step is None:
         raise CheckpointError(f"no valid checkpoint in {checkpoints}: {problems[0]}", "restore one from a copy")
     path = step_directory(checkpoints, step)

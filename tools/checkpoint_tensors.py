@@ -1,0 +1,188 @@
+"""The tensors of a slice checkpoint as an export wants them: named and shaped as its architecture says, piece by piece.
+
+The checkpoint's `model/config.json` decides what has to be there; a tensor that is missing, unknown or of another shape
+is an error before anything is written. Whoever saved it (ranks, ZeRO stage, frozen parts) makes no difference.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from trainer.errors import CheckpointError, DataError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from trainer.checkpoint.slices import SliceReader
+
+FILE_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+PIECE_ELEMENTS = 1 << 20
+"""Elements in memory at once: 4 MiB in fp32, so that casting, hashing and writing find them in the cache."""
+
+
+@dataclass(frozen=True)
+class CheckpointTensors:
+    """What will be written: `plan` is stored tensor name to (safetensors dtype, shape), in model order."""
+
+    reader: SliceReader
+    dtype: str
+    plan: dict[str, tuple[str, tuple[int, ...]]]
+    buffers: frozenset[str]
+    architecture: str
+    """Class of transformers that the model is, e.g. LlamaForCausalLM."""
+
+    @property
+    def parameters(self) -> int:
+        """Elements of all tensors that are trained or frozen, buffers not counted."""
+        return sum(math.prod(shape) for name, (_, shape) in self.plan.items() if name not in self.buffers)
+
+    def pieces(self, name: str) -> Iterator[np.ndarray[Any, Any]]:
+        """Consecutive elements of a tensor in the dtype of the file; bfloat16 as 16-bit patterns.
+
+        Raises DataError when a value is not finite, in the checkpoint or in that dtype.
+        """
+        import torch
+
+        if name in self.buffers:
+            values = self.reader.buffer(name)
+            if not np.issubdtype(values.dtype, np.floating):
+                yield values
+                return
+            yield self._in_file_dtype(name, torch.from_numpy(np.array(values, dtype=np.float32)))
+            return
+        total = math.prod(self.plan[name][1])
+        for start in range(0, total, PIECE_ELEMENTS):
+            count = min(PIECE_ELEMENTS, total - start)
+            yield self._in_file_dtype(name, torch.from_numpy(self.reader.read("master", name, start, count)))
+
+    def _in_file_dtype(self, name: str, values: torch.Tensor) -> np.ndarray[Any, Any]:
+        if not is_finite(values):
+            raise DataError(
+                f"checkpoint {self.reader.path}: {name} holds values that are not finite",
+                "export an earlier checkpoint",
+            )
+        return in_file_dtype(name, values, self.dtype)
+
+
+def is_finite(values: torch.Tensor) -> bool:
+    """Whether no element is NaN or infinite. One pass without a mask: the extremes carry both on."""
+    import torch
+
+    if values.numel() == 0 or not values.is_floating_point():
+        return True
+    smallest, largest = torch.aminmax(values)
+    return bool(torch.isfinite(smallest)) and bool(torch.isfinite(largest))
+
+
+def in_file_dtype(name: str, values: torch.Tensor, dtype: str) -> np.ndarray[Any, Any]:
+    """Finite `values` of tensor `name` as they are written; bfloat16 as 16-bit patterns.
+
+    Raises DataError when one of them is beyond the range of `dtype`.
+    """
+    import torch
+
+    cast = values.to(getattr(torch, dtype))
+    if cast.dtype != values.dtype and not is_finite(cast):
+        raise DataError(f"{name} holds values beyond the range of {dtype}", "choose --dtype bfloat16 or float32")
+    result: np.ndarray[Any, Any] = (cast.view(torch.int16) if dtype == "bfloat16" else cast).numpy()
+    return result
+
+
+def trained_dtype(reader: SliceReader) -> str:
+    """The dtype most of the weights had in the live model (some models keep a few in fp32)."""
+    counts: dict[str, int] = {}
+    for entry in reader.manifest.parameters.values():
+        name = str(entry["dtype"]).removeprefix("torch.")
+        counts[name] = counts.get(name, 0) + math.prod(entry["shape"])
+    return max(counts, key=lambda name: counts[name], default="float32")
+
+
+def open_checkpoint(checkpoint: Path, dtype: str | None = None) -> CheckpointTensors:
+    """The tensors of a checkpoint that was verified before, in `dtype` (default: the one it was trained in).
+
+    Compares names and shapes with the architecture. Raises CheckpointError naming the first difference, UsageError for
+    a dtype that is not exported.
+    """
+    from tools.models import load_config, model_on_meta
+    from trainer.checkpoint.slices import SliceReader
+
+    reader = SliceReader(checkpoint)
+    dtype = dtype or trained_dtype(reader)
+    if dtype not in FILE_DTYPES:
+        raise UsageError(f"dtype {dtype} cannot be exported", f"choose {' or '.join(FILE_DTYPES)}")
+    model = model_on_meta(load_config(checkpoint / "model"))
+    # named_parameters and named_buffers yield a shared tensor once, under its first name.
+    persistent = set(model.state_dict())
+    expected = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+    expected_buffers = {name: tensor for name, tensor in model.named_buffers() if name in persistent}
+    stored = dict(reader.parameters)
+    for alias in sorted(set(stored) - set(expected)):
+        if alias in persistent and alias not in expected_buffers:
+            _drop_alias(reader, stored, alias, _owner(model, alias))
+    _same_names("weight", expected, stored, reader)
+    for name, shape in expected.items():
+        if stored[name] != shape:
+            raise CheckpointError(
+                f"checkpoint {reader.path}: {name} has shape {stored[name]}, the architecture wants {shape}",
+                "the checkpoint's model/config.json is not the one it was trained with",
+            )
+    _same_names("buffer", expected_buffers, dict(reader.manifest.buffers), reader)
+    file_dtype = FILE_DTYPES[dtype]
+    plan = {name: (file_dtype, shape) for name, shape in stored.items()}
+    for name, tensor in expected_buffers.items():
+        kind = file_dtype if tensor.is_floating_point() else _integer_dtype(reader, name)
+        plan[name] = (kind, tuple(tensor.shape))
+    return CheckpointTensors(reader, dtype, plan, frozenset(expected_buffers), type(model).__name__)
+
+
+def _same_names(what: str, expected: dict[str, Any], stored: dict[str, Any], reader: SliceReader) -> None:
+    missing = [name for name in expected if name not in stored]
+    unexpected = [name for name in stored if name not in expected]
+    for problem, names in (("lacks", missing), ("holds the unknown", unexpected)):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise CheckpointError(
+                f"checkpoint {reader.path} {problem} {what} {names[0]}{more}",
+                "the checkpoint's model/config.json is not the one it was trained with",
+            )
+
+
+def _owner(model: Any, alias: str) -> str:
+    """The first name of the parameter that `alias` also names."""
+    tensor = dict(model.named_parameters(remove_duplicate=False))[alias]
+    return next(str(name) for name, candidate in model.named_parameters() if candidate is tensor)
+
+
+def _drop_alias(reader: SliceReader, stored: dict[str, tuple[int, ...]], alias: str, owner: str) -> None:
+    """Leave out `alias`, which the configuration ties to `owner`, if both are stored and equal bit by bit."""
+    if owner not in stored:
+        stored[owner] = stored.pop(alias)
+        return
+    if stored[alias] != stored[owner] or not _equal_bits(reader, alias, owner):
+        raise CheckpointError(
+            f"checkpoint {reader.path}: {alias} and {owner} differ, but the configuration ties them",
+            "set tie_word_embeddings to false in the checkpoint's model/config.json",
+        )
+    del stored[alias]
+
+
+def _equal_bits(reader: SliceReader, first: str, second: str) -> bool:
+    total = math.prod(reader.parameters[first])
+    for start in range(0, total, PIECE_ELEMENTS):
+        count = min(PIECE_ELEMENTS, total - start)
+        one, other = (reader.read("master", name, start, count).view(np.uint32) for name in (first, second))
+        if not np.array_equal(one, other):
+            return False
+    return True
+
+
+def _integer_dtype(reader: SliceReader, name: str) -> str:
+    from trainer.tensor_file import DTYPE_NAMES
+
+    return str(DTYPE_NAMES[reader.buffer(name).dtype])
