@@ -12,6 +12,7 @@ FORMATS = {
     "trainer.durable",
     "trainer.names",
     "trainer.tensor_file",
+    "trainer.orphans",  # an engine dies with its gateway
     "trainer.data.encode.rendering",  # chat templates are rendered in one way only
     "trainer.checkpoint.slices",
     "trainer.checkpoint.verify",
