@@ -1,9 +1,10 @@
-"""Measure Steadfast on this machine: its data path beside other tools, and what a checkpoint costs training.
+"""Measure Steadfast on this machine: data path, checkpoints, serving.
 
     steadfast bench data                        all sections: about fifteen minutes on two cores
     steadfast bench data --quick                small sizes: shows that everything runs; the figures mean little
     steadfast bench data --corpus my.jsonl      tokenise your own conversations
     steadfast bench checkpoint                  time that training stands still: in the background and on the spot
+    steadfast bench serve                       the gateway beside its engine, and many clients beside one by one
 
 Sections: tokenise, read, start, pack, prepare. Figures are CPU seconds of processes that take turns, so the *ratios*
 hold on a busy machine too; the best round counts. Data is made from a seed. Tools to compare with are not installed
@@ -51,7 +52,7 @@ QUICK = Sizes(120, 8_000, 256, 1024, (10_000, 1_000_000, 1_000_000_000), 4000, (
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Declare `steadfast bench data` and `steadfast bench checkpoint`."""
+    """Declare `steadfast bench data`, `checkpoint` and `serve`."""
     commands = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     data = commands.add_parser("data", help="the data path: tokenise, read, start, pack, prepare")
     data.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="what to measure")
@@ -64,7 +65,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     checkpoint.add_argument("--rounds", type=int, metavar="N", help="runs of each kind (default: 1)")
     checkpoint.add_argument("--quick", action="store_true", help="a tiny model: shows that everything runs")
-    for action in (data, checkpoint):
+    serve = commands.add_parser("serve", help="tokens a second through the gateway, and many clients at once")
+    serve.add_argument("--rounds", type=int, metavar="N", help="rounds, of which the median counts (default: 5)")
+    serve.add_argument("--quick", action="store_true", help="a tiny model, few tokens: shows that everything runs")
+    for action in (data, checkpoint, serve):
         action.add_argument("--seed", type=int, default=0, metavar="S", help="of the made data")
         action.add_argument(
             "--work", type=Path, metavar="DIR", help="new directory for its files, kept (default: temporary)"
@@ -76,19 +80,23 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure and print."""
     if arguments.rounds is not None and arguments.rounds < 1:
         raise UsageError(f"--rounds {arguments.rounds} is too few", "give 1 or more")
-    checkpoint = arguments.action == "checkpoint"
-    corpus = [path.resolve() for path in (not checkpoint and arguments.corpus) or ()]
+    action = arguments.action
+    corpus = [path.resolve() for path in (action == "data" and arguments.corpus) or ()]
     for path in corpus:
         if not path.exists():
             raise MissingInputError(f"there is no {path}", "give files of conversations with --corpus")
     if arguments.work is not None and arguments.work.exists():
         raise UsageError(f"{arguments.work} exists", "give a new directory with --work")
     sizes = QUICK if arguments.quick else FULL
-    rounds = arguments.rounds or (1 if checkpoint else sizes.rounds)
+    rounds = arguments.rounds or {"checkpoint": 1, "serve": 1 if arguments.quick else 5}.get(action, sizes.rounds)
     with tempfile.TemporaryDirectory(prefix="steadfast-bench-") as temporary:
         work = Path(temporary) if arguments.work is None else arguments.work.resolve()
         work.mkdir(parents=True, exist_ok=True)
-        if checkpoint:
+        if action == "serve":
+            from tools.benchmarks import serving
+
+            lines = serving.run(work, rounds, arguments.seed, _say, quick=arguments.quick)
+        elif action == "checkpoint":
             from tools.benchmarks import checkpoint as saves
 
             models = ["quick"] if arguments.quick else arguments.models
@@ -97,7 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
             lines = measure(arguments.sections, sizes, rounds, work, corpus, arguments.seed, _say)
     about = {"cores": os.cpu_count(), "python": platform.python_version(), "rounds": rounds, "seed": arguments.seed}
     if arguments.json:
-        extra = {} if checkpoint else {"sizes": asdict(sizes)}
+        extra = {"sizes": asdict(sizes)} if action == "data" else {}
         print(json.dumps({**about, **extra, "lines": list(map(_as_json, lines))}, ensure_ascii=False))
     else:
         show(lines, about)
