@@ -20,7 +20,8 @@ FORMATS = {
 FILES = [
     *(ROOT / "tools" / f"{name}.py" for name in ("artefact", "chat", "eval", "export", "int8", "models", "proof")),
     *(ROOT / "tools" / f"{name}.py" for name in ("quantize", "serve")),
-    *(ROOT / "tools" / "serving").glob("*.py"),
+    # The cluster application alone is about Ray.
+    *(file for file in (ROOT / "tools" / "serving").glob("*.py") if file.name != "ray_app.py"),
 ]
 
 
