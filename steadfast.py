@@ -33,7 +33,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("tools.export", "turn a checkpoint into a safetensors model and prove it"),
     "quantize": ("tools.quantize", "make a smaller model and say what it lost"),
     "eval": ("tools.eval", "exact match of a model's answers on held-out prompts"),
-    "bench": ("tools.bench", "measure the data path beside other tools, and what checkpoints cost"),
+    "bench": ("tools.bench", "measure the data path beside other tools, what checkpoints cost, and serving"),
     "serve": ("tools.serve", "serve a model over an OpenAI-compatible HTTP interface"),
 }
 
