@@ -130,8 +130,7 @@ def _gateway(model: Path) -> Iterator[tuple[str, int, int]]:
     environment = {name: value for name, value in os.environ.items() if name != "STEADFAST_API_KEY"}
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
     try:
-        assert process.stdout is not None  # noqa: S101 - a pipe
-        about = json.loads(process.stdout.readline())
+        about = json.loads(process.stdout.readline() if process.stdout else "{}")
         yield str(about["url"]), process.pid, int(about["engine_pid"])
     finally:
         process.terminate()

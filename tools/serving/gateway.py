@@ -19,7 +19,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,6 +54,7 @@ class _Record:
     problem: str | None = None
 
 
+SESSION: web.AppKey[aiohttp.ClientSession] = web.AppKey("session", aiohttp.ClientSession)
 RECORD: web.RequestKey[_Record] = web.RequestKey("record", _Record)
 
 
@@ -69,7 +70,6 @@ class Gateway:
         self._access_log = access_log
         self._started = int(time.time())
         self._page, self._page_policy = _page()
-        self._session: aiohttp.ClientSession | None = None
         self._metrics = Metrics(lambda: self.admission.in_flight, lambda: float(engine.ready.is_set()))
         engine.on_restart = self._metrics.restarts.inc
 
@@ -83,15 +83,8 @@ class Gateway:
         app.router.add_get("/ready", self._ready)
         app.router.add_get("/metrics", self._show_metrics)
         app.router.add_get("/", self._chat_page)
-        app.cleanup_ctx.append(self._with_session)
+        app.cleanup_ctx.append(_with_session)
         return app
-
-    async def _with_session(self, app: web.Application) -> Any:
-        # A connection each: engines close idle ones when they like, and a request must not meet one that is closing.
-        connector = aiohttp.TCPConnector(limit=0, force_close=True)
-        async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None)) as session:
-            self._session = session
-            yield
 
     async def _health(self, request: web.Request) -> web.Response:
         return web.json_response({"status": "ok"})
@@ -168,13 +161,12 @@ class Gateway:
 
     async def _exchange(self, request: web.Request, body: bytes, *, show_usage: bool) -> web.StreamResponse:
         began = time.monotonic()
-        assert self._session is not None  # noqa: S101 - made before the first request
         headers = {"Authorization": f"Bearer {self._engine.key}", "Content-Type": "application/json"}
         response: web.StreamResponse | None = None
         try:
             async with (
                 asyncio.timeout(self._limits.request_seconds),
-                self._session.post(self._engine.url + request.path, data=body, headers=headers) as answer,
+                request.app[SESSION].post(self._engine.url + request.path, data=body, headers=headers) as answer,
             ):
                 request[RECORD].first = time.monotonic() - began
                 if answer.status != 200 or answer.content_type != "text/event-stream":
@@ -247,6 +239,14 @@ class Gateway:
             if request[RECORD].key is None:
                 raise RequestError(401, "the API key is missing or wrong", code="invalid_api_key")
         return await handler(request)
+
+
+async def _with_session(app: web.Application) -> AsyncIterator[None]:
+    # A connection each: engines close idle ones when they like, and a request must not meet one that is closing.
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)
+    async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None)) as session:
+        app[SESSION] = session
+        yield
 
 
 async def _whole(request: web.Request, answer: aiohttp.ClientResponse) -> web.Response:

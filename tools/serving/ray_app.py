@@ -38,8 +38,7 @@ class Replica:
         words = [sys.executable, "-m", "tools.serving.leash", str(os.getpid()), sys.executable]
         words += [str(ROOT / "steadfast.py"), "serve", model, "--engine", engine, "--port", "0", "--json", *options]
         self._process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-        assert self._process.stdout is not None  # noqa: S101 - a pipe
-        line = self._process.stdout.readline()
+        line = self._process.stdout.readline() if self._process.stdout else ""
         if not line:
             raise RuntimeError(f"steadfast serve ended with code {self._process.wait()}; its reason is in this log")
         self._url = str(json.loads(line)["url"]).removesuffix("/v1")

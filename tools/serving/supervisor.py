@@ -80,10 +80,10 @@ class Supervisor:
         while True:
             began = loop.time()
             try:
-                await self._start()
+                process = await self._start()
                 came_up = True
                 began = loop.time()
-                await self._watch()
+                await self._watch(process)
             except _EngineFailed as error:
                 await self.stop()
                 if not came_up:
@@ -114,13 +114,13 @@ class Supervisor:
         if self._reader is not None:
             self._reader.cancel()
 
-    async def _start(self) -> None:
+    async def _start(self) -> asyncio.subprocess.Process:
         self.key = secrets.token_urlsafe(24)
         port = _free_port()
         self.url = f"http://127.0.0.1:{port}"
         leash = [sys.executable, "-m", "tools.serving.leash", str(os.getpid())]
         self._last_lines.clear()
-        self._process = await asyncio.create_subprocess_exec(
+        process = self._process = await asyncio.create_subprocess_exec(
             *leash,
             *self.spec.command(port, self.key),
             stdin=asyncio.subprocess.DEVNULL,
@@ -132,12 +132,13 @@ class Supervisor:
             # Ctrl-C in the terminal is the gateway's to act on: running requests are finished first.
             start_new_session=True,
         )
-        self._reader = asyncio.create_task(self._read(self._process))
+        self._reader = asyncio.create_task(self._read(process.stdout))
         async with aiohttp.ClientSession(headers={"Authorization": f"Bearer {self.key}"}) as session:
             await self._until_healthy(session)
             await self._prove(session)
             self.facts = await self._facts(session)
         self.ready.set()
+        return process
 
     async def _until_healthy(self, session: aiohttp.ClientSession) -> None:
         loop = asyncio.get_running_loop()
@@ -171,11 +172,10 @@ class Supervisor:
                 return dict((await answer.json())["data"][0])
         return {}
 
-    async def _watch(self) -> None:
+    async def _watch(self, process: asyncio.subprocess.Process) -> None:
         """Return never; raises when the engine ends, or does not answer its health route for a while."""
         missed = 0
-        assert self._process is not None  # noqa: S101 - started above
-        ended = asyncio.ensure_future(self._process.wait())
+        ended = asyncio.ensure_future(process.wait())
         async with aiohttp.ClientSession(headers={"Authorization": f"Bearer {self.key}"}) as session:
             try:
                 while missed < self.patience.missed_health:
@@ -188,7 +188,7 @@ class Supervisor:
                 self.ready.clear()
         # It answers nothing, SIGTERM included.
         with suppress(ProcessLookupError):
-            self._process.kill()
+            process.kill()
         raise _EngineFailed(f"no answer from its health route {missed} times in a row")
 
     async def _is_healthy(self, session: aiohttp.ClientSession) -> bool:
@@ -210,12 +210,11 @@ class Supervisor:
         said = next((line for line in reversed(self._last_lines) if line.strip()), "")
         raise _EngineFailed(f"{how}{': ' if said else ''}{said}")
 
-    async def _read(self, process: asyncio.subprocess.Process) -> None:
+    async def _read(self, stream: asyncio.StreamReader | None) -> None:
         """Keep the engine's last lines; show them once it serves: loading is chatty, trouble is not."""
-        assert process.stdout is not None  # noqa: S101 - a pipe, see _start
-        while True:
+        while stream is not None:
             try:
-                line = await process.stdout.readline()
+                line = await stream.readline()
             except ValueError:  # longer than anybody would read
                 continue
             if not line:
