@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.models import save_tiny_model
-from tests.support.served import Server, served, start
+from tests.support.served import Server, served
 
 BODY = {"messages": [{"role": "user", "content": "Hi"}]}
 
@@ -161,15 +161,18 @@ def test_a_killed_engine_is_503_until_it_is_back_and_answers_the_same(server: Se
     assert b"steadfast_engine_restarts_total 1.0" in server.get("/metrics").body
 
 
-def test_the_engine_dies_with_a_killed_gateway(plain: Path) -> None:
-    server = start(plain)
+def test_the_engine_dies_with_a_killed_gateway(server: Server) -> None:
+    """The last test of this file: the server it shares is gone afterwards."""
+    engine = _child_of(server.process.pid)
     server.process.kill()
-    server.process.communicate()
+    server.process.wait()
     deadline = time.monotonic() + 10
-    while Path(f"/proc/{server.about['engine_pid']}/cmdline").is_file():
+    while (words := Path(f"/proc/{engine}/cmdline")).is_file() and words.read_bytes():  # a zombie has none
         assert time.monotonic() < deadline
-        if Path(f"/proc/{server.about['engine_pid']}/cmdline").read_bytes() == b"":
-            break  # a zombie of the container's init
         time.sleep(0.05)
     with pytest.raises((OSError, http.client.HTTPException)):
         server.get("/health")
+
+
+def _child_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])

@@ -155,6 +155,22 @@ def test_an_engine_that_keeps_dying_is_given_up_after_its_bound() -> None:
     assert len(restarts) == 2
 
 
+def test_an_engine_that_hangs_is_killed_and_counts_as_failed() -> None:
+    """It answers until it proved itself, then nothing, SIGTERM included."""
+    hangs = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + SERVER.replace(
+        "STATEMENT", ANSWER + "; Handler.do_GET = lambda self: self.path == '/health' and __import__('time').sleep(100)"
+    )
+    impatient = Patience(poll=0.02, watch=0.02, missed_health=2, health=0.2, most_failures=0, stop=2)
+
+    async def main() -> None:
+        supervisor = Supervisor(engine(hangs), impatient)
+        with pytest.raises(SteadfastError, match="no answer from its health route 2 times in a row"):
+            await supervisor.run()
+        assert supervisor.pid is None
+
+    asyncio.run(main())
+
+
 def test_health_alone_is_not_enough() -> None:
     """An engine whose first real answer fails gets no traffic, and what it said is in the error."""
     broken = SERVER.replace("STATEMENT", "self.send_error(500, 'no kernel')")

@@ -44,7 +44,6 @@ class Wanted:
     max_running: int
     max_new_tokens: int
     context: int | None
-    drain_seconds: float = 30.0
 
 
 @dataclass(frozen=True)
@@ -252,7 +251,7 @@ def _vllm(wanted: Wanted, reason: str, machine: Machine) -> EngineSpec:
     def command(port: int, key: str) -> list[str]:
         return [
             *(*start, "--model", str(wanted.model), "--served-model-name", wanted.name, "--host", "127.0.0.1"),
-            *("--port", str(port), "--max-num-seqs", str(wanted.max_running), "--disable-log-requests", *extra),
+            *("--port", str(port), "--max-num-seqs", str(wanted.max_running), *extra),
             *("--override-generation-config", json.dumps({"max_new_tokens": wanted.max_new_tokens})),
         ]
 

@@ -36,6 +36,8 @@ class Patience:
     poll: float = 0.2
     watch: float = 2.0
     missed_health: int = 5
+    health: float = 10.0
+    """Generous: an engine in the middle of a long prompt may be slow to answer, and that is no crash."""
     first_wait: float = 1.0
     longest_wait: float = 30.0
     most_failures: int = 5
@@ -193,8 +195,9 @@ class Supervisor:
 
     async def _is_healthy(self, session: aiohttp.ClientSession) -> bool:
         try:
-            # Generous: an engine in the middle of a long prompt may be slow to answer, and that is no crash.
-            async with session.get(self.url + self.spec.health, timeout=aiohttp.ClientTimeout(10)) as answer:
+            async with session.get(
+                self.url + self.spec.health, timeout=aiohttp.ClientTimeout(self.patience.health)
+            ) as answer:
                 return answer.status == 200
         except (aiohttp.ClientError, TimeoutError):
             return False
