@@ -40,6 +40,7 @@ def test_the_engine_is_chosen_by_machine_and_model_with_a_reason(tmp_path: Path)
     cases = [
         (model, machine(), "embedded", "no GPU"),
         (model, machine(gpu=True, modules="vllm sglang"), "vllm", "a GPU and vllm"),
+        (model, machine(gpu=True, programs="vllm"), "vllm", "a GPU and vllm"),
         (model, machine(gpu=True, modules="sglang"), "sglang", "a GPU and sglang"),
         (model, machine(gpu=True), "embedded", "pip install vllm"),
         (gguf, machine(programs="llama-server", modules="llama_cpp uvicorn"), "llamacpp", "/bin/llama-server"),
@@ -62,7 +63,7 @@ def test_what_cannot_work_is_refused_before_the_start(tmp_path: Path) -> None:
     cases = [
         ("vllm", model, "is not installed; pip install vllm"),
         ("sglang", model, "is not installed; pip install sglang"),
-        ("openvino", model, "is not installed; pip install openvino"),
+        ("openvino", model, "is not installed; put ovms"),
         ("auto", gguf, "is not installed; pip install 'llama-cpp-python"),
         ("embedded", gguf, "does not read GGUF"),
         ("llamacpp", model, "is not a GGUF file"),

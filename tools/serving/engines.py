@@ -70,9 +70,9 @@ class EngineSpec:
 GENERATE = ("/v1/chat/completions", "/v1/completions")
 INSTALL = {
     "llamacpp": "pip install 'llama-cpp-python[server]', or put llama-server on PATH",
-    "openvino": "pip install openvino-model-server, or put ovms on PATH",
-    "vllm": "pip install vllm (in an environment of its own)",
-    "sglang": "pip install sglang (in an environment of its own)",
+    "openvino": "put ovms, the OpenVINO model server, on PATH",
+    "vllm": "pip install vllm in an environment of its own, and put its program vllm on PATH",
+    "sglang": "pip install sglang beside Steadfast",
 }
 
 
@@ -150,7 +150,12 @@ def _refuse_hardware(engine: str, model: Path, machine: Machine) -> None:
 
 
 def _command_of(name: str, machine: Machine) -> list[str] | None:
-    """How to start vLLM or SGLang, or None where they are not installed."""
+    """How to start vLLM or SGLang, or None where they are not installed.
+
+    The program `vllm` comes first: it may belong to an environment of its own, as its pinned versions ask for.
+    """
+    if name == "vllm" and (program := machine.programs("vllm")):
+        return [program, "serve"]
     module = {"vllm": "vllm.entrypoints.openai.api_server", "sglang": "sglang.launch_server"}[name]
     return [sys.executable, "-m", module] if machine.modules(name) else None
 
@@ -246,11 +251,13 @@ def _vllm(wanted: Wanted, reason: str, machine: Machine) -> EngineSpec:
     start = _command_of("vllm", machine)
     if start is None:
         raise _missing("vllm")
+    # `vllm serve` takes the model as a word, its module as an option.
+    model = [str(wanted.model)] if start[-1] == "serve" else ["--model", str(wanted.model)]
     extra = [] if wanted.context is None else ["--max-model-len", str(wanted.context)]
 
     def command(port: int, key: str) -> list[str]:
         return [
-            *(*start, "--model", str(wanted.model), "--served-model-name", wanted.name, "--host", "127.0.0.1"),
+            *(*start, *model, "--served-model-name", wanted.name, "--host", "127.0.0.1"),
             *("--port", str(port), "--max-num-seqs", str(wanted.max_running), *extra),
             *("--override-generation-config", json.dumps({"max_new_tokens": wanted.max_new_tokens})),
         ]
