@@ -43,13 +43,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", type=Path, metavar="MODEL", help="model directory (exported or quantized), or GGUF file"
     )
-    parser.add_argument("--engine", choices=ENGINES, default="auto", help="what generates (default: auto)")
+    parser.add_argument("--engine", choices=ENGINES, default="auto", help="what generates")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; others than loopback need a key")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on; 0 takes a free one")
     parser.add_argument("--api-key", metavar="KEY", help=f"key clients must send (better: variable {KEY_VARIABLE})")
     parser.add_argument("--api-key-file", type=Path, metavar="FILE", help="keys clients may send, one a line")
     parser.add_argument(
-        "--context", type=int, metavar="N", help="most tokens of prompt and answer (default: the model's)"
+        "--context",
+        type=int,
+        metavar="N",
+        help="most tokens of prompt and answer; by default what the model was made for",
     )
     parser.add_argument("--max-new-tokens", type=int, default=1024, metavar="N", help="most tokens of one answer")
     parser.add_argument("--max-running", type=int, default=16, metavar="N", help="requests answered at once")
