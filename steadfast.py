@@ -37,7 +37,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "merge": ("tools.merge", "merge models: weighted average, SLERP, TIES"),
     "quantize": ("tools.quantize", "make a smaller model and say what it lost"),
     "eval": ("tools.eval", "exact match of a model's answers on held-out prompts"),
-    "bench": ("tools.bench", "measure the data path and exports beside other tools, and what checkpoints cost"),
+    "bench": (
+        "tools.bench",
+        "measure the data path and exports beside other tools, what checkpoints cost, and serving",
+    ),
     "serve": ("tools.serve", "serve a model over an OpenAI-compatible HTTP interface"),
 }
 

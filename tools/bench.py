@@ -1,10 +1,11 @@
-"""Measure Steadfast on this machine: its data path and exports beside other tools, and what a checkpoint costs.
+"""Measure Steadfast on this machine: data path, checkpoints, exports, serving.
 
     steadfast bench data                        all sections: about fifteen minutes on two cores
     steadfast bench data --quick                small sizes: shows that everything runs; the figures mean little
     steadfast bench data --corpus my.jsonl      tokenise your own conversations
     steadfast bench checkpoint                  time that training stands still: in the background and on the spot
     steadfast bench export                      memory and time of an export, beside DeepSpeed's zero_to_fp32; 36 GB
+    steadfast bench serve                       the gateway beside its engine, and many clients beside one by one
 
 Sections: tokenise, read, start, pack, prepare. Figures of `data` are CPU seconds of processes that take turns, so the
 *ratios* hold on a busy machine too; the best round counts. Data is made from a seed. Tools to compare with are not
@@ -52,7 +53,7 @@ QUICK = Sizes(120, 8_000, 256, 1024, (10_000, 1_000_000, 1_000_000_000), 4000, (
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Declare `steadfast bench data`, `checkpoint` and `export`."""
+    """Declare `steadfast bench data`, `checkpoint`, `export` and `serve`."""
     commands = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     data = commands.add_parser("data", help="the data path: tokenise, read, start, pack, prepare")
     data.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="what to measure")
@@ -68,7 +69,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     export = commands.add_parser("export", help="an export beside DeepSpeed's own converter: memory and time")
     export.add_argument("--rounds", type=int, metavar="N", help="exports of each kind, of which the fastest counts (1)")
     export.add_argument("--quick", action="store_true", help="a tiny model: shows that everything runs")
-    for action in (data, checkpoint, export):
+    serve = commands.add_parser("serve", help="tokens a second through the gateway, and many clients at once")
+    serve.add_argument("--rounds", type=int, metavar="N", help="rounds, of which the median counts (default: 5)")
+    serve.add_argument("--quick", action="store_true", help="a tiny model, few tokens: shows that everything runs")
+    for action in (data, checkpoint, export, serve):
         action.add_argument("--seed", type=int, default=0, metavar="S", help="of the made data")
         action.add_argument(
             "--work", type=Path, metavar="DIR", help="new directory for its files, kept (default: temporary)"
@@ -80,23 +84,28 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure and print."""
     if arguments.rounds is not None and arguments.rounds < 1:
         raise UsageError(f"--rounds {arguments.rounds} is too few", "give 1 or more")
-    data = arguments.action == "data"
-    corpus = [path.resolve() for path in (data and arguments.corpus) or ()]
+    action = arguments.action
+    corpus = [path.resolve() for path in (action == "data" and arguments.corpus) or ()]
     for path in corpus:
         if not path.exists():
             raise MissingInputError(f"there is no {path}", "give files of conversations with --corpus")
     if arguments.work is not None and arguments.work.exists():
         raise UsageError(f"{arguments.work} exists", "give a new directory with --work")
     sizes = QUICK if arguments.quick else FULL
-    rounds = arguments.rounds or (sizes.rounds if data else 1)
+    usual = {"data": sizes.rounds, "checkpoint": 1, "export": 1, "serve": 1 if arguments.quick else 5}
+    rounds = arguments.rounds or usual[action]
     with tempfile.TemporaryDirectory(prefix="steadfast-bench-") as temporary:
         work = Path(temporary) if arguments.work is None else arguments.work.resolve()
         work.mkdir(parents=True, exist_ok=True)
-        if arguments.action == "export":
+        if action == "export":
             from tools.benchmarks import export as exports
 
             lines = exports.run(work, arguments.quick, rounds, arguments.seed, _say)
-        elif arguments.action == "checkpoint":
+        elif action == "serve":
+            from tools.benchmarks import serving
+
+            lines = serving.run(work, rounds, arguments.seed, _say, quick=arguments.quick)
+        elif action == "checkpoint":
             from tools.benchmarks import checkpoint as saves
 
             models = ["quick"] if arguments.quick else arguments.models
@@ -105,7 +114,7 @@ def run(arguments: argparse.Namespace) -> int:
             lines = measure(arguments.sections, sizes, rounds, work, corpus, arguments.seed, _say)
     about = {"cores": os.cpu_count(), "python": platform.python_version(), "rounds": rounds, "seed": arguments.seed}
     if arguments.json:
-        extra = {"sizes": asdict(sizes)} if data else {}
+        extra = {"sizes": asdict(sizes)} if action == "data" else {}
         print(json.dumps({**about, **extra, "lines": list(map(_as_json, lines))}, ensure_ascii=False))
     else:
         show(lines, about)

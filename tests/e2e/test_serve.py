@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,69 +21,13 @@ import pytest
 import torch
 
 from tests.support.models import save_tiny_model
+from tests.support.served import KEY, ROOT, Server, start
 from tools.chat import Prompts, stop_ids
 from tools.models import load_model
 from tools.quantize import quantize_model
 
-ROOT = Path(__file__).resolve().parents[2]
-KEY = "correct horse"
 CONTEXT = 4096
 LONG = 800
-
-
-@dataclass
-class Reply:
-    status: int
-    headers: dict[str, str]
-    body: bytes
-
-    def json(self) -> Any:
-        return json.loads(self.body)
-
-
-@dataclass
-class Server:
-    process: subprocess.Popen[str]
-    url: str
-    about: dict[str, Any]
-
-    def client(self, key: str = KEY) -> openai.OpenAI:
-        return openai.OpenAI(base_url=self.url, api_key=key, max_retries=0, timeout=60)
-
-    def connect(self) -> http.client.HTTPConnection:
-        return http.client.HTTPConnection("127.0.0.1", int(self.url.split(":")[2].split("/")[0]), timeout=60)
-
-    def ask(self, method: str, path: str, content: bytes | None = None, **headers: str) -> Reply:
-        connection = self.connect()
-        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"} | headers
-        connection.request(method, path, content, headers)
-        answer = connection.getresponse()
-        reply = Reply(answer.status, dict(answer.getheaders()), answer.read())
-        connection.close()
-        return reply
-
-    def get(self, path: str, **headers: str) -> Reply:
-        return self.ask("GET", path, **headers)
-
-    def post(self, content: bytes, **headers: str) -> Reply:
-        return self.ask("POST", "/v1/chat/completions", content, **headers)
-
-
-def start(model: Path, *words: str, **environment: str) -> Server:
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "steadfast.py"), "serve", str(model), "--port", "0", "--json", *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-    )
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    if not line:
-        process.kill()
-        raise AssertionError(process.communicate()[1])
-    about = json.loads(line)
-    return Server(process, about["url"], about)
 
 
 @pytest.fixture(scope="module")
@@ -307,5 +250,8 @@ def test_a_model_that_does_not_load_ends_the_server_with_one_line(plain: Path, t
     broken = Path(shutil.copytree(plain, tmp_path / "broken"))
     (broken / "model.safetensors").write_bytes(b"nothing")
     answer = run_command(str(broken), "--port", "0")
-    assert (answer.returncode, answer.stdout, answer.stderr.count("\n")) == (65, "", 1)
-    assert str(broken) in answer.stderr
+    engine, error = answer.stderr.splitlines()
+    assert (answer.returncode, answer.stdout) == (65, "")
+    assert engine.startswith("engine: embedded (")
+    assert error.startswith("error: ")
+    assert str(broken) in error

@@ -11,10 +11,10 @@ FORMATS = {
     "trainer.errors",
     "trainer.durable",
     "trainer.locks",
-    "trainer.orphans",
     "trainer.remote",
     "trainer.names",
     "trainer.tensor_file",
+    "trainer.orphans",  # an engine dies with its gateway
     "trainer.data.encode.rendering",  # chat templates are rendered in one way only
     "trainer.checkpoint.slices",
     "trainer.checkpoint.verify",
@@ -25,7 +25,8 @@ FILES = [
     *(ROOT / "tools" / f"{name}.py" for name in ("artefact", "chat", "eval", "export", "int8", "models", "proof")),
     *(ROOT / "tools" / f"{name}.py" for name in ("quantize", "serve", "verify", "diff", "merge", "push", "signing")),
     *(ROOT / "tools" / f"{name}.py" for name in ("checkpoint_tensors", "export_proof", "model_card", "model_tensors")),
-    *(ROOT / "tools" / "serving").glob("*.py"),
+    # The cluster application alone is about Ray.
+    *(file for file in (ROOT / "tools" / "serving").glob("*.py") if file.name != "ray_app.py"),
 ]
 
 

@@ -1,16 +1,18 @@
-"""Admission and drain, with an engine that answers when it is told to."""
+"""Prompts and answers of the embedded engine, admission and drain, with an engine that answers as it is told."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 
 from tests.support.models import tiny_tokenizer
+from tools.serving.admission import Admission, Limits
 from tools.serving.protocol import ChatRequest, Defaults, RequestError, Sampling
-from tools.serving.service import Limits, Service
+from tools.serving.service import Service
 
 
 class FakeEngine:
@@ -50,11 +52,8 @@ def request(**changes: Any) -> ChatRequest:
 async def ready_service(text: str = "hello", *, stop: bool = True) -> tuple[Service, FakeEngine]:
     tokenizer = tiny_tokenizer()
     tokens = tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id] * stop
-    service = Service("m", Limits(max_new_tokens=20, max_running=1, max_waiting=1))
     engine = FakeEngine(tokens, [tokenizer.eos_token_id])
-    await service.start(engine, tokenizer, Defaults())  # type: ignore[arg-type]
-    engine.left_early = 0
-    return service, engine
+    return Service(engine, tokenizer, Defaults(), 20), engine  # type: ignore[arg-type]
 
 
 async def answer(service: Service, asked: ChatRequest) -> tuple[str, int, str | None]:
@@ -97,24 +96,23 @@ def test_prompt_and_answer_must_fit_the_context() -> None:
 
 def test_admission_is_bounded_and_drain_waits_for_what_was_admitted() -> None:
     async def main() -> None:
-        cold = Service("m", Limits(20, 1, 1))
+        admission = Admission(Limits(20, 1, 1))
         with pytest.raises(RequestError, match="not ready"):
-            cold.admit()
-        service, _ = await ready_service()
-        service.admit()
-        service.admit()
-        with pytest.raises(RequestError) as full:
-            service.admit()
-        assert full.value.status == 429
-        service.release()
-        service.admit()
-        service.release()
-        assert not await service.drain(0.05)
-        with pytest.raises(RequestError) as stopping:
-            service.admit()
-        assert stopping.value.status == 503
-        asyncio.get_running_loop().call_later(0.05, service.release)
-        assert await service.drain(5)
-        assert not service.ready
+            admission.check(ready=False)
+        with ExitStack() as places:
+            first = places.enter_context(ExitStack())
+            first.enter_context(admission.admitted(ready=True))
+            places.enter_context(admission.admitted(ready=True))
+            with pytest.raises(RequestError) as full:
+                admission.check(ready=True)
+            assert full.value.status == 429
+            first.close()
+            admission.check(ready=True)
+            assert not await admission.drain(0.05)
+            with pytest.raises(RequestError) as stopping:
+                admission.check(ready=True)
+            assert stopping.value.status == 503
+            asyncio.get_running_loop().call_later(0.05, places.close)
+            assert await admission.drain(5)
 
     asyncio.run(main())

@@ -29,7 +29,6 @@ BATCH_TOKENS = 512
 MEMORY_SHARE = 0.25
 LEAST_CONTEXT = 64
 STOP_SECONDS = 10.0
-NAME = "transformers continuous batching"
 
 
 class EngineError(SteadfastError):
@@ -73,12 +72,14 @@ class Engine:
     """One model, many requests at once.
 
     `context` is the number of tokens a request may have, prompt and answer together: that of the model, or less where
-    memory is short. Make and use it in the event loop's thread. `close` ends it.
+    memory is short or `most_context` says so. Make and use it in the event loop's thread. `close` ends it.
     """
 
-    def __init__(self, model: Any, stop_tokens: list[int], *, max_running: int) -> None:
+    def __init__(
+        self, model: Any, stop_tokens: list[int], *, max_running: int, most_context: int | None = None
+    ) -> None:
         self.stop_tokens = stop_tokens
-        self.context, pages = _cache_size(model, max_running)
+        self.context, pages = _cache_size(model, max_running, most_context)
         self._numbers = itertools.count()
         # `warmup` of the library only concerns CUDA graphs, which per-request sampling does not go with.
         self._manager = model.init_continuous_batching(
@@ -140,7 +141,7 @@ class Engine:
         self._manager.stop(block=True, timeout=STOP_SECONDS, hard_stop=True)
 
 
-def _cache_size(model: Any, max_running: int) -> tuple[int, int]:
+def _cache_size(model: Any, max_running: int, most_context: int | None) -> tuple[int, int]:
     """Tokens a request may have, and pages of the cache, from the model's context and the memory that is free."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -156,6 +157,7 @@ def _cache_size(model: Any, max_running: int) -> tuple[int, int]:
             f"free memory holds a cache of {max(affordable, 0)} tokens at {token_bytes} bytes each",
             "free memory, or serve a smaller model",
         )
+    context = min(context, most_context or context)
     wanted = max_running * (context + PAGE_TOKENS)
     return context, -(-min(wanted, affordable) // PAGE_TOKENS)
 

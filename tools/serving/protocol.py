@@ -17,12 +17,16 @@ MAX_STOPS = 4
 GREEDY_BELOW = 1e-4
 ROLES = ("system", "developer", "user", "assistant", "tool")
 READ = {
-    "model", "messages", "stream", "stream_options", "max_tokens", "max_completion_tokens", "temperature", "top_p",
-    "stop", "seed", "tools",
+    "model", "stream", "stream_options", "max_tokens", "max_completion_tokens", "temperature", "top_p", "stop", "seed",
 }  # fmt: skip
+READ_BY_CHAT = READ | {"messages", "tools"}
+READ_BY_COMPLETIONS = READ | {"prompt"}
 WITHOUT_EFFECT = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 ONLY_AS: dict[str, tuple[Any, ...]] = {
     "n": (1,),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
     "logprobs": (False,),
     "top_logprobs": (0,),
     "presence_penalty": (0,),
@@ -76,11 +80,9 @@ class Defaults:
 
 
 @dataclass(frozen=True)
-class ChatRequest:
-    """A checked request."""
+class GenerationRequest:
+    """What chat and completion requests have in common, checked."""
 
-    messages: list[dict[str, Any]]
-    tools: list[Any] | None
     stream: bool
     include_usage: bool
     max_new_tokens: int | None
@@ -89,8 +91,23 @@ class ChatRequest:
     stops: tuple[str, ...]
 
 
-def parse_chat_request(body: bytes, model: str, defaults: Defaults) -> ChatRequest:
-    """Check a request to /v1/chat/completions; RequestError (400, or 404 for another model) names the bad field."""
+@dataclass(frozen=True)
+class ChatRequest(GenerationRequest):
+    """A checked request to /v1/chat/completions."""
+
+    messages: list[dict[str, Any]]
+    tools: list[Any] | None
+
+
+@dataclass(frozen=True)
+class CompletionRequest(GenerationRequest):
+    """A checked request to /v1/completions: a text, or its token ids."""
+
+    prompt: str | list[int]
+
+
+def parse_object(body: bytes) -> dict[str, Any]:
+    """The fields of a body that is a JSON object; RequestError 400 when it is not."""
     try:
         fields = json.loads(body)
     except (ValueError, RecursionError) as error:
@@ -98,37 +115,67 @@ def parse_chat_request(body: bytes, model: str, defaults: Defaults) -> ChatReque
     if not isinstance(fields, dict):
         raise RequestError(400, "the body is not a JSON object")
     # `null` means the default throughout, as clients send it for what their user left out.
-    fields = {name: value for name, value in fields.items() if value is not None}
-    _refuse_unsupported(fields)
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def check_model(fields: Mapping[str, Any], model: str) -> None:
+    """RequestError 404 when another model is asked for."""
     if fields.get("model", model) != model:
-        message = f"there is no model '{fields['model']}' here; this server has '{model}'"
+        message = f"there is no model {str(fields['model'])[:100]!r} here; this server has '{model}'"
         raise RequestError(404, message, param="model", code="model_not_found")
-    options = fields.get("stream_options", {})
-    if not isinstance(options, dict):
-        raise RequestError(400, "stream_options is not an object", param="stream_options")
+
+
+def parse_chat_request(body: bytes, model: str, defaults: Defaults) -> ChatRequest:
+    """Check a request to /v1/chat/completions; RequestError (400, or 404 for another model) names the bad field."""
+    fields = parse_object(body)
+    _refuse_unsupported(fields, READ_BY_CHAT)
+    check_model(fields, model)
     tools = fields.get("tools")
     if tools is not None and (not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools)):
         raise RequestError(400, "tools is not a list of objects", param="tools")
     return ChatRequest(
+        **_generation(fields, defaults),
         messages=_messages(fields.get("messages")),
         tools=tools if tools and fields.get("tool_choice") != "none" else None,
-        stream=_boolean(fields, "stream"),
-        include_usage=_boolean(options, "include_usage"),
-        max_new_tokens=_max_new_tokens(fields),
-        sampling=_sampling(fields, defaults),
-        stops=_stops(fields.get("stop", [])),
     )
 
 
-def _refuse_unsupported(fields: Mapping[str, Any]) -> None:
+def parse_completion_request(body: bytes, model: str, defaults: Defaults) -> CompletionRequest:
+    """Check a request to /v1/completions; RequestError as for a chat. One prompt a request."""
+    fields = parse_object(body)
+    _refuse_unsupported(fields, READ_BY_COMPLETIONS)
+    check_model(fields, model)
+    prompt = fields.get("prompt")
+    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
+        prompt = prompt[0]
+    tokens = isinstance(prompt, list) and all(type(token) is int and token >= 0 for token in prompt)
+    if not prompt or not (isinstance(prompt, str) or tokens):
+        raise RequestError(400, "prompt is neither one text nor the token ids of one", param="prompt")
+    return CompletionRequest(**_generation(fields, defaults), prompt=prompt)
+
+
+def _generation(fields: Mapping[str, Any], defaults: Defaults) -> dict[str, Any]:
+    options = fields.get("stream_options", {})
+    if not isinstance(options, dict):
+        raise RequestError(400, "stream_options is not an object", param="stream_options")
+    return {
+        "stream": _boolean(fields, "stream"),
+        "include_usage": _boolean(options, "include_usage"),
+        "max_new_tokens": max_new_tokens(fields),
+        "sampling": _sampling(fields, defaults),
+        "stops": _stops(fields.get("stop", [])),
+    }
+
+
+def _refuse_unsupported(fields: Mapping[str, Any], read: set[str]) -> None:
     for name, value in fields.items():
-        if name in READ or name in WITHOUT_EFFECT:
+        if name in read or name in WITHOUT_EFFECT:
             continue
         if name not in ONLY_AS:
-            raise RequestError(400, f"'{name}' is not a field this server knows", param=name)
+            raise RequestError(400, f"{name[:100]!r} is not a field this server knows", param=name[:100])
         if value not in ONLY_AS[name]:
             possible = " or ".join(json.dumps(allowed) for allowed in ONLY_AS[name])
-            raise RequestError(400, f"{name} is not supported; only {possible}", param=name)
+            raise RequestError(400, f"{name} is not supported by this engine; only {possible}", param=name)
 
 
 def _messages(messages: Any) -> list[dict[str, Any]]:
@@ -184,7 +231,7 @@ def _content(content: Any, place: str) -> str | None:
     return "".join(texts)
 
 
-def _max_new_tokens(fields: Mapping[str, Any]) -> int | None:
+def max_new_tokens(fields: Mapping[str, Any]) -> int | None:
     """`max_completion_tokens` and its older name `max_tokens`; where both are given the smaller one holds."""
     given = []
     for name in ("max_tokens", "max_completion_tokens"):
@@ -232,34 +279,43 @@ def _stops(stop: Any) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Answer:
-    """Identity of one answer, repeated in all of its chunks."""
+    """Identity and shape of one answer, repeated in all of its chunks."""
 
     model: str
     id: str
     created: int
+    chat: bool
 
     @staticmethod
-    def new(model: str) -> Answer:
-        """A fresh identity."""
-        return Answer(model, f"chatcmpl-{secrets.token_hex(12)}", int(time.time()))
+    def new(model: str, *, chat: bool) -> Answer:
+        """A fresh identity; `chat` tells /v1/chat/completions from /v1/completions."""
+        return Answer(model, f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}", int(time.time()), chat)
 
     def whole(self, text: str, finish_reason: str, usage: dict[str, int]) -> dict[str, Any]:
         """The answer at once."""
-        message = {"role": "assistant", "content": text}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason}
-        return {**self._head("chat.completion"), "choices": [choice], "usage": usage}
+        content = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
+        return {**self._head(""), "choices": [_choice(content, finish_reason)], "usage": usage}
 
-    def chunk(self, delta: dict[str, str], finish_reason: str | None = None) -> dict[str, Any]:
+    def chunk(self, text: str, finish_reason: str | None = None) -> dict[str, Any]:
         """A piece of a streamed answer."""
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-        return {**self._head("chat.completion.chunk"), "choices": [choice]}
+        content = {"delta": {"content": text} if text else {}} if self.chat else {"text": text}
+        return {**self._head(".chunk"), "choices": [_choice(content, finish_reason)]}
+
+    def opening(self) -> dict[str, Any]:
+        """The first piece of a streamed chat, which says who speaks."""
+        return {**self._head(".chunk"), "choices": [_choice({"delta": {"role": "assistant", "content": ""}}, None)]}
 
     def usage_chunk(self, usage: dict[str, int]) -> dict[str, Any]:
         """The last piece of a streamed answer whose request asked for the usage."""
-        return {**self._head("chat.completion.chunk"), "choices": [], "usage": usage}
+        return {**self._head(".chunk"), "choices": [], "usage": usage}
 
-    def _head(self, kind: str) -> dict[str, Any]:
+    def _head(self, suffix: str) -> dict[str, Any]:
+        kind = f"chat.completion{suffix}" if self.chat else "text_completion"
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+
+
+def _choice(content: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
+    return {"index": 0, **content, "logprobs": None, "finish_reason": finish_reason}
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
