@@ -14,6 +14,7 @@ from pathlib import Path
 from socket import gethostname, socket
 from typing import TYPE_CHECKING, Any
 
+from trainer.adapter_file import adapted_modules
 from trainer.checkpoint.verify import read_manifest, step_directory
 from trainer.config.deepspeed import accumulation_steps, compile_deepspeed
 from trainer.config.load import config_as_yaml
@@ -57,6 +58,7 @@ from trainer.prepare import (
 from trainer.run_directory import RunDirectory
 from trainer.run_lock import RunLock
 from trainer.state import TrainState
+from trainer.weight_files import weights_fingerprint
 from trainer.world import World
 
 if TYPE_CHECKING:
@@ -197,7 +199,7 @@ def _train_watched(
         engine=engine,
         feed=feed,
         world=world,
-        identity=run_identity(config, store, rows, run),
+        identity=run_identity(config, store, rows, run) | _base_identity(config, world, run),
         model_files=run.model_files,
         probe=probe_prompts(store, rows.sequence_length),
     )
@@ -214,7 +216,7 @@ def _train_watched(
     if times is not None:
         # Only now: a start that was refused leaves the record of the run as it was.
         changes = [*_allowed(run, capture, restored), *changed_settings(config, run)] if restored else []
-        _write_down(config, run, data, lock)
+        _write_down(config, run, data, lock, [*engine.saved_parameters()])
         record: AbstractContextManager[Record] = recorded(
             config,
             run,
@@ -303,11 +305,29 @@ def _open_data(config: Config, world: World, run: RunDirectory, cache: ShardCach
     return _Data(store, held_out, rows, order, plan)
 
 
-def _write_down(config: Config, run: RunDirectory, data: _Data, lock: RunLock | None) -> None:
-    """Rank 0: leave in the run directory what this start is."""
+def _base_identity(config: Config, world: World, run: RunDirectory) -> dict[str, str]:
+    """Under LoRA no checkpoint holds the base model: what its files hold is part of the run's identity. Collective."""
+    from trainer import collectives
+
+    if config.model.lora is None:
+        return {}
+    own = weights_fingerprint(model_directory(config, run), run.base_model) if world.is_first else ""
+    return {"base": collectives.exchange({"base": own})[0]["base"]}
+
+
+def _write_down(
+    config: Config, run: RunDirectory, data: _Data, lock: RunLock | None, parameters: Sequence[str]
+) -> None:
+    """Rank 0: leave in the run directory what this start is; `parameters` are those that checkpoints will hold."""
+    from trainer.model.lora import adapter_config
+
     write_file(run.config, config_as_yaml(config))
     write_file(run.plan, json.dumps(data.plan.as_json(), indent=1) + "\n")
-    collect_model_files(config, data.store, run)
+    adapter = None
+    if config.model.lora is not None:
+        base = str(model_directory(config, run).absolute())
+        adapter = adapter_config(config.model.lora, base, adapted_modules(parameters))
+    collect_model_files(config, data.store, run, adapter)
     if lock is not None and lock.taken_over is not None:
         with closing(EventLedger(run.events)) as events:
             events.record("takeover", holder=lock.taken_over)
@@ -365,7 +385,8 @@ def _build_engine(config: Config, world: World, run: RunDirectory, device: Any, 
 
     from trainer import collectives
     from trainer.engine.deepspeed_engine import DeepSpeedEngine, ZeroThreeHook
-    from trainer.model.load import load_language_model, train_only
+    from trainer.model.load import load_language_model, train_only, trainable_share
+    from trainer.model.lora import add_adapters
     from trainer.model.supervised import SupervisedLanguageModel, unsupported_head
     from trainer.optim.schedules import share_of_peak
 
@@ -387,7 +408,13 @@ def _build_engine(config: Config, world: World, run: RunDirectory, device: Any, 
         )
     finally:
         hook.release()
-    train_only(language_model, config.model.trainable)
+    if config.model.lora is not None:
+        add_adapters(language_model, config.model.lora, config.run.seed)
+    else:
+        train_only(language_model, config.model.trainable)
+    trained, all_of_them = trainable_share(language_model)
+    if world.is_first and trained < all_of_them:
+        print(f"training {trained:,} of {all_of_them:,} parameters ({trained / all_of_them:.2%})", flush=True)
     if (reason := unsupported_head(language_model)) is not None:
         raise DataError(f"{model_directory(config, run)} cannot be trained: {reason}", "it is not supported yet")
     optimizer = config.optimizer
@@ -400,6 +427,7 @@ def _build_engine(config: Config, world: World, run: RunDirectory, device: Any, 
             "eps": optimizer.epsilon,
         },
         weight_decay=optimizer.weight_decay,
+        saves_frozen=config.model.lora is None,
         share_of_peak=share_of_peak(config.schedule, config.train.max_steps),
         device=device,
         kind=kind,

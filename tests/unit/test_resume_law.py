@@ -25,6 +25,7 @@ OTHER = {
     "model.dtype": "bfloat16",
     "model.gradient_checkpointing": True,
     "model.trainable": ["*norm*"],
+    "model.lora": {"rank": 4},
     "model.attention": "eager",
     "data.train": "a copy of the store",
     "data.eval": "held-out",

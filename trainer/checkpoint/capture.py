@@ -87,7 +87,7 @@ class Capture:
 
     def manifest(self, state: TrainState, metrics: dict[str, float], files: Files) -> Manifest:
         """The manifest of a checkpoint of `state` that consists of `files`; `metrics` were evaluated at that step."""
-        model = self.engine.language_model
+        model, saved = self.engine.language_model, self.engine.saved_parameters()
         return Manifest(
             step=state.step,
             world_size=self.world.world_size,
@@ -98,9 +98,9 @@ class Capture:
                     "dtype": str(parameter.dtype).removeprefix("torch."),
                     **({} if parameter.requires_grad else {"frozen": True}),
                 }
-                for name, parameter in model.named_parameters()
+                for name, parameter in saved.items()
             },
-            tied=tied_names(model),
+            tied={alias: owner for alias, owner in tied_names(model).items() if owner in saved},
             buffers={
                 name: {"shape": list(buffer.shape), "dtype": str(buffer.dtype).removeprefix("torch.")}
                 for name, buffer in persistent_buffers(model).items()

@@ -47,6 +47,7 @@ class DeepSpeedEngine:
     """A wrapped model with its ZeRO optimizer. All ranks construct it together and call every method in step.
 
     `model` is a SupervisedLanguageModel; `share_of_peak` maps the number of applied steps to a share of the peak rate.
+    Without `saves_frozen` the frozen parameters are those of a base model that lies elsewhere: no checkpoint has them.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class DeepSpeedEngine:
         *,
         optimizer_settings: dict[str, Any],
         weight_decay: float,
+        saves_frozen: bool,
         share_of_peak: Callable[[int], float],
         device: torch.device,
         kind: DeviceType,
@@ -75,6 +77,7 @@ class DeepSpeedEngine:
             dist_init_required=False,
         )
         self._ranks = torch.distributed.get_world_size()
+        self._saves_frozen = saves_frozen
 
     @property
     def language_model(self) -> Any:
@@ -118,17 +121,28 @@ class DeepSpeedEngine:
             logits: Tensor = self._engine(input_ids, position_ids, None, keep)
         return logits.float().cpu()
 
+    def saved_parameters(self) -> dict[str, Any]:
+        """See SavableEngine.saved_parameters."""
+        return {
+            name: parameter
+            for name, parameter in self.language_model.named_parameters()
+            if parameter.requires_grad or self._saves_frozen
+        }
+
     def owned_slices(self) -> list[OwnedSlice]:
         """See SavableEngine.owned_slices."""
-        partitions.create_moments(self._zero)
-        trained = partitions.owned_slices(self.language_model, self._zero)
-        return [*trained, *partitions.frozen_slices(self.language_model, whole=False)]
+        return self._slices(whole_frozen=False)
 
     def held_slices(self) -> list[OwnedSlice]:
         """See SavableEngine.held_slices."""
+        return self._slices(whole_frozen=True)
+
+    def _slices(self, *, whole_frozen: bool) -> list[OwnedSlice]:
         partitions.create_moments(self._zero)
-        trained = partitions.owned_slices(self.language_model, self._zero)
-        return [*trained, *partitions.frozen_slices(self.language_model, whole=True)]
+        found = list(partitions.owned_slices(self.language_model, self._zero))
+        if self._saves_frozen:
+            found += partitions.frozen_slices(self.language_model, whole=whole_frozen)
+        return found
 
     def counters(self) -> dict[str, Any]:
         """Optimizer step count and schedule state: plain values for a checkpoint."""
