@@ -22,8 +22,11 @@ from trainer.errors import CheckpointError, DataError, MissingInputError, UsageE
 if TYPE_CHECKING:
     import numpy as np
 
+    from tools.adapter import MergedWeights
     from tools.proof import Proof
     from trainer.checkpoint.slices import SliceReader
+
+    Weights = SliceReader | MergedWeights
 
 MODEL_STEM = "model"
 DEFAULT_SHARD_BYTES = 5 * 10**9
@@ -48,6 +51,8 @@ class ExportReport:
     top1_agreement: float | None
     """Share of probe positions where both models rank the same token first."""
     tolerance: float | None
+    lora: str | None = None
+    """How the adapter of a LoRA run was exported: merged or apart."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path, metavar="OUT", help="directory to make; must not exist")
     parser.add_argument("--dtype", choices=list(FILE_DTYPES), help="dtype of the weights (default: as trained)")
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest weight file")
+    parser.add_argument(
+        "--lora",
+        choices=["merged", "apart"],
+        default="merged",
+        help="of a LoRA run: a whole model (default), or the adapter in peft's format",
+    )
+    parser.add_argument("--base", type=Path, metavar="DIR", help="base model of a LoRA run (default: where it was)")
     parser.add_argument("--verify", action="store_true", help="reload OUT and compare logits with the live model's")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
@@ -79,6 +91,8 @@ def run(arguments: argparse.Namespace) -> int:
         dtype=arguments.dtype,
         max_shard_bytes=parse_size(arguments.max_shard_size),
         verify=arguments.verify,
+        lora=arguments.lora,
+        base=arguments.base,
     )
     if arguments.json:
         print(json.dumps(asdict(report)))
@@ -94,7 +108,10 @@ def run(arguments: argparse.Namespace) -> int:
             f"verified with transformers: largest logit difference {report.logit_max_diff:.2e} "
             f"(allowed {report.tolerance:.1e}), same first choice at {report.top1_agreement:.1%} of the probe positions"
         )
-    print(f"next: steadfast serve {report.out}")
+    if report.lora == "apart":
+        print("next: load it with peft, transformers or vLLM; --lora merged makes a model for steadfast serve")
+    else:
+        print(f"next: steadfast serve {report.out}")
     return 0
 
 
@@ -105,13 +122,19 @@ def export_checkpoint(
     dtype: str | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     verify: bool = True,
+    lora: str = "merged",
+    base: Path | None = None,
 ) -> ExportReport:
     """Write the model of `source` (a run or a checkpoint) to the new directory `out`.
 
-    `dtype` is float32 or bfloat16, by default the dtype the model was trained in. Raises CheckpointError when the
-    checkpoint is damaged, lacks a tensor of its architecture or fails the verification, DataError when a weight is not
-    finite, CannotWriteError when `out` exists or its disk is too small. After an error `out` does not exist.
+    `dtype` is float32 or bfloat16, by default the dtype the model was trained in. Of a LoRA run `lora` says whether the
+    adapter is merged into `base` (default: the directory it was trained with) or written apart.
+
+    Raises CheckpointError when the checkpoint is damaged, lacks a tensor of its architecture or fails the verification,
+    DataError when a weight is not finite or the base is another one, MissingInputError when the base is not there,
+    CannotWriteError when `out` exists or its disk is too small. After an error `out` does not exist.
     """
+    from tools.adapter import MergedWeights, write_adapter
     from tools.artefact import (
         copy_files,
         describe,
@@ -123,6 +146,7 @@ def export_checkpoint(
     )
     from tools.models import load_config, quiet_transformers
     from tools.proof import compare_with_probe
+    from trainer.adapter_file import CONFIG_NAME, read_adapter_config
     from trainer.checkpoint.slices import SliceReader
     from trainer.checkpoint.verify import find_checkpoint
     from trainer.durable import write_file
@@ -133,18 +157,26 @@ def export_checkpoint(
         raise MissingInputError(f"{source} does not exist", "give a run directory or one of its checkpoints")
     quiet_transformers()
     checkpoint = find_checkpoint(source)
-    reader = SliceReader(checkpoint)
-    manifest = reader.manifest
-    trained_dtype = _trained_dtype(reader)
+    saved = SliceReader(checkpoint)
+    manifest = saved.manifest
+    trained_dtype = _trained_dtype(saved)
     dtype = dtype or trained_dtype
     if dtype not in FILE_DTYPES:
         raise UsageError(f"dtype {dtype} cannot be exported", f"choose {' or '.join(FILE_DTYPES)}")
+    adapter = read_adapter_config(checkpoint / "model")
+    if lora == "apart":
+        sizes, proof = write_adapter(
+            checkpoint, out, dtype=dtype, trained_dtype=trained_dtype, base=base, verify=verify
+        )
+        return _report(out, checkpoint, manifest.step, dtype, sizes, started, proof, "apart")
+    reader: Weights = saved if adapter is None else MergedWeights(saved, adapter, base)
     plan = _plan(reader, load_config(checkpoint / "model"), dtype)
     with new_directory(out, tensor_bytes(plan.tensors)) as building:
         entries = write_weights(
             building, MODEL_STEM, plan.tensors, lambda name: _read(reader, plan, name, dtype), max_shard_bytes
         )
-        model_files = sorted(path for path in (checkpoint / "model").iterdir() if path.name != "config.json")
+        own = ("config.json", CONFIG_NAME)
+        model_files = sorted(path for path in (checkpoint / "model").iterdir() if path.name not in own)
         entries |= copy_files(model_files, building)
         config = json.loads((checkpoint / "model" / "config.json").read_bytes())
         config.pop("torch_dtype", None)  # the older name of `dtype`; both together contradict each other
@@ -174,22 +206,35 @@ def export_checkpoint(
         }
         write_manifest(building, entries, about)
         total_bytes = sum(path.stat().st_size for path in building.iterdir())
+    sizes = {"tensors": len(plan.tensors), "parameters": _parameter_count(reader, plan), "bytes": total_bytes}
+    return _report(out, checkpoint, manifest.step, dtype, sizes, started, proof, None if adapter is None else "merged")
+
+
+def _report(
+    out: Path,
+    checkpoint: Path,
+    step: int,
+    dtype: str,
+    sizes: dict[str, int],
+    started: float,
+    proof: Proof | None,
+    lora: str | None,
+) -> ExportReport:
     return ExportReport(
         out=str(out),
         checkpoint=str(checkpoint),
-        step=manifest.step,
+        step=step,
         dtype=dtype,
-        tensors=len(plan.tensors),
-        parameters=_parameter_count(reader, plan),
-        bytes=total_bytes,
+        **sizes,
         seconds=time.monotonic() - started,
         logit_max_diff=proof.logit_max_diff if proof else None,
         top1_agreement=proof.top1_agreement if proof else None,
         tolerance=proof.tolerance if proof else None,
+        lora=lora,
     )
 
 
-def _trained_dtype(reader: SliceReader) -> str:
+def _trained_dtype(reader: Weights) -> str:
     """The dtype most of the weights had in the live model (some models keep a few in fp32)."""
     import math
 
@@ -200,7 +245,7 @@ def _trained_dtype(reader: SliceReader) -> str:
     return max(counts, key=lambda name: counts[name], default="float32")
 
 
-def _plan(reader: SliceReader, config: Any, dtype: str) -> _Plan:
+def _plan(reader: Weights, config: Any, dtype: str) -> _Plan:
     """Compare the checkpoint with the architecture of its configuration, name by name and shape by shape."""
     from tools.models import model_on_meta
 
@@ -229,7 +274,7 @@ def _plan(reader: SliceReader, config: Any, dtype: str) -> _Plan:
     return _Plan(tensors, frozenset(expected_buffers), type(model).__name__)
 
 
-def _same_names(what: str, expected: dict[str, Any], stored: dict[str, Any], reader: SliceReader) -> None:
+def _same_names(what: str, expected: dict[str, Any], stored: dict[str, Any], reader: Weights) -> None:
     missing = [name for name in expected if name not in stored]
     unexpected = [name for name in stored if name not in expected]
     for problem, names in (("lacks", missing), ("holds the unknown", unexpected)):
@@ -247,7 +292,7 @@ def _owner(model: Any, alias: str) -> str:
     return next(str(name) for name, candidate in model.named_parameters() if candidate is tensor)
 
 
-def _drop_alias(reader: SliceReader, stored: dict[str, tuple[int, ...]], alias: str, owner: str) -> None:
+def _drop_alias(reader: Weights, stored: dict[str, tuple[int, ...]], alias: str, owner: str) -> None:
     """Leave out `alias`, which the configuration ties to `owner`, if both are stored and equal bit by bit."""
     if owner not in stored:
         stored[owner] = stored.pop(alias)
@@ -262,13 +307,13 @@ def _drop_alias(reader: SliceReader, stored: dict[str, tuple[int, ...]], alias: 
     del stored[alias]
 
 
-def _integer_dtype(reader: SliceReader, name: str) -> str:
+def _integer_dtype(reader: Weights, name: str) -> str:
     from trainer.tensor_file import DTYPE_NAMES
 
     return str(DTYPE_NAMES[reader.buffer(name).dtype])
 
 
-def _read(reader: SliceReader, plan: _Plan, name: str, dtype: str) -> np.ndarray[Any, Any]:
+def _read(reader: Weights, plan: _Plan, name: str, dtype: str) -> np.ndarray[Any, Any]:
     """One tensor in the dtype of the file; bfloat16 as 16-bit patterns. DataError when a value is not finite."""
     import numpy
     import torch
@@ -288,13 +333,13 @@ def _read(reader: SliceReader, plan: _Plan, name: str, dtype: str) -> np.ndarray
     return result
 
 
-def _parameter_count(reader: SliceReader, plan: _Plan) -> int:
+def _parameter_count(reader: Weights, plan: _Plan) -> int:
     import math
 
     return sum(math.prod(shape) for name, (_, shape) in plan.tensors.items() if name not in plan.buffers)
 
 
-def _model_card(name: str, reader: SliceReader, plan: _Plan, dtype: str, proof: Proof | None) -> str:
+def _model_card(name: str, reader: Weights, plan: _Plan, dtype: str, proof: Proof | None) -> str:
     manifest = reader.manifest
     facts = {
         "architecture": plan.architecture,

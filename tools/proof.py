@@ -49,16 +49,9 @@ class Distance:
 
 
 def compare_with_probe(model_path: Path, checkpoint: Path, *, dtype: str, trained_dtype: str) -> Proof:
-    """Load `model_path` with plain transformers and compare with the logits stored in `checkpoint`.
-
-    Forward passes run in float32 whatever the file's dtype. Where both the training and the file are float32 the
-    allowed difference is 1e-4. Where one is bfloat16 it is 5 % of the largest stored logit: bfloat16 keeps 8 bits, so
-    every weight and activation is off by up to 0.4 %, and the errors of the layers add up; a weight that is wrong and
-    not only rounded moves logits by the size of the logits themselves.
-    """
+    """Load `model_path` with plain transformers in float32 and compare it (see `compare_model_with_probe`)."""
     from transformers import AutoModelForCausalLM
 
-    ids, logits = _read_probe(checkpoint)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             model_path,
@@ -76,6 +69,18 @@ def compare_with_probe(model_path: Path, checkpoint: Path, *, dtype: str, traine
             raise CheckpointError(
                 f"the export of {checkpoint} has {kind.replace('_', ' ')}: {names[0]}", "nothing was exported"
             )
+    return compare_model_with_probe(model, checkpoint, dtype=dtype, trained_dtype=trained_dtype)
+
+
+def compare_model_with_probe(model: Any, checkpoint: Path, *, dtype: str, trained_dtype: str) -> Proof:
+    """Compare a float32 model, whose files have `dtype`, with the logits stored in `checkpoint`.
+
+    Where both the training and the file are float32 the allowed difference is 1e-4. Where one is bfloat16 it is 5 % of
+    the largest stored logit: bfloat16 keeps 8 bits, so every weight and activation is off by up to 0.4 %, and the
+    errors of the layers add up; a weight that is wrong and not only rounded moves logits by the size of the logits
+    themselves.
+    """
+    ids, logits = _read_probe(checkpoint)
     kept = logits.shape[1]
     largest_difference, same, count = 0.0, 0, 0
     finite = True

@@ -12,12 +12,17 @@ FORMATS = {
     "trainer.durable",
     "trainer.names",
     "trainer.tensor_file",
+    "trainer.adapter_file",
+    "trainer.weight_files",
     "trainer.data.encode.rendering",  # chat templates are rendered in one way only
     "trainer.checkpoint.slices",
     "trainer.checkpoint.verify",
 }
 FILES = [
-    *(ROOT / "tools" / f"{name}.py" for name in ("artefact", "chat", "eval", "export", "int8", "models", "proof")),
+    *(
+        ROOT / "tools" / f"{name}.py"
+        for name in ("adapter", "artefact", "chat", "eval", "export", "int8", "models", "proof")
+    ),
     *(ROOT / "tools" / f"{name}.py" for name in ("quantize", "serve")),
     *(ROOT / "tools" / "serving").glob("*.py"),
 ]
