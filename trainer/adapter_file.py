@@ -44,7 +44,8 @@ class AdapterConfig:
             "task_type": "CAUSAL_LM",
             "base_model_name_or_path": self.base,
             "r": self.rank,
-            "lora_alpha": self.alpha,
+            # A whole number where it is one: peft declares an int.
+            "lora_alpha": int(self.alpha) if self.alpha.is_integer() else self.alpha,
             "lora_dropout": self.dropout,
             "target_modules": list(self.targets),
             "bias": "none",

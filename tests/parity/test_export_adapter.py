@@ -73,7 +73,7 @@ def test_apart_is_the_adapter_alone_with_its_base_named(run: Path, tmp_path: Pat
     assert report.logit_max_diff is not None
     assert report.logit_max_diff < 1e-5
     config = json.loads((out / "adapter_config.json").read_text())
-    assert (config["r"], config["lora_alpha"], config["peft_type"]) == (RANK, ALPHA, "LORA")
+    assert (config["r"], config["lora_alpha"], config["peft_type"]) == (RANK, int(ALPHA), "LORA")
     assert config["target_modules"] == ["layers.1.mlp.down_proj", "q_proj"]
     assert config["base_model_name_or_path"] == str(run / "initial-model")
     stored = load_file(out / "adapter_model.safetensors")
