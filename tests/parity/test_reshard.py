@@ -29,6 +29,10 @@ SETUPS = {
     "frozen": {"trainable": ["model.layers.1.*", "model.norm.*"]},
     "offload": {"zero": {1: OFFLOAD, 2: OFFLOAD, 3: EVERYTHING}},
     "sub-groups": {"zero": {3: {"sub_group_size": 3000, "stage3_param_persistence_threshold": 40}}},
+    "frozen offload": {
+        "trainable": ["model.layers.1.*", "model.norm.*"],
+        "zero": {3: {**EVERYTHING, "sub_group_size": 3000, "stage3_param_persistence_threshold": 40}},
+    },
     "lora": {"lora": {"rank": 4, "alpha": 16.0}},
     "lora offload": {"lora": {"rank": 4, "alpha": 16.0, "dropout": 0.2}, "zero": {3: EVERYTHING}},
     "bf16": {"dtype": "bfloat16"},
@@ -45,8 +49,9 @@ COVERING = [
     ("frozen", (4, 3), (2, 2)),
     ("offload", (2, 3), (4, 1)),
     ("sub-groups", (3, 3), (1, 3)),
+    ("frozen offload", (2, 3), (3, 1)),
     ("lora", (2, 1), (3, 3)),
-    ("lora", (4, 3), (1, 2)),
+    ("lora", (3, 3), (1, 2)),
     ("plain", (1, 1), (1, 3)),
 ]
 SAME = [
@@ -56,8 +61,8 @@ SAME = [
     ("sub-groups", 3, 3),
     ("bf16", 2, 2),
     ("bf16 frozen", 2, 3),
-    ("lora", 4, 3),
-    ("lora", 2, 1),
+    ("frozen offload", 2, 3),
+    ("lora", 3, 3),
     ("lora offload", 2, 3),
     ("bf16 lora", 2, 3),
 ]

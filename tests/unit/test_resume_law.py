@@ -54,6 +54,7 @@ OTHER = {
     "schedule.warmup_steps": 5,
     "schedule.final_ratio": 0.5,
     "engine.deepspeed": "zero3",
+    "engine.nvme_path": "/scratch",
     "engine.timeout_seconds": 61,
     "checkpoint.every_steps": 7,
     "checkpoint.keep": 5,

@@ -28,6 +28,7 @@ EXAMPLES: dict[str, Any] = {
     "data.shuffle_blocks": 16,
     "data.cache_dir": "/scratch/steadfast",
     "train.max_steps": 1000,
+    "engine.nvme_path": "/local_nvme",
     "checkpoint.upload": "s3://bucket/mine",
 }
 _BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}

@@ -62,6 +62,7 @@ LAW: dict[str, Change] = {
     "schedule.warmup_steps": "tunable",
     "schedule.final_ratio": "tunable",
     "engine.deepspeed": "free",  # any ZeRO stage and offload reads any checkpoint
+    "engine.nvme_path": "free",
     "engine.timeout_seconds": "free",
     "engine.hang_seconds": "free",
     "checkpoint.every_steps": "free",

@@ -231,6 +231,8 @@ class Engine(Section):
 
     deepspeed: str = "zero2"
     """A file of configs/ds/ by name (zero1, zero2, zero3, zero3-offload-cpu, ...) or a path to a DeepSpeed JSON."""
+    nvme_path: str | None = None
+    """Directory on a local disk of each node for optimizer state that engine.deepspeed offloads to nvme."""
     timeout_seconds: Count = 600
     """Bound on every wait for other ranks: a lost or stuck rank ends the run after this time."""
     hang_seconds: Count | None = None

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.config.deepspeed import offloads_optimizer, zero_stage
+from trainer.config.deepspeed import offloads_optimizer, swaps_optimizer, zero_stage
 from trainer.data.micro_batch import MicroBatch
-from trainer.engine import partitions
-from trainer.engine.device import DeviceType, adamw
+from trainer.engine import partitions, swapping
+from trainer.engine.device import DeviceType, adamw, require_asynchronous_io
 from trainer.engine.partitions import OwnedSlice
 from trainer.optim.groups import decay_groups
 
@@ -64,6 +64,8 @@ class DeepSpeedEngine:
     ) -> None:
         import deepspeed
 
+        if swaps_optimizer(deepspeed_config):
+            require_asynchronous_io()
         offloaded = offloads_optimizer(deepspeed_config)
         # Built per engine: ZeRO takes the groups apart.
         optimizer = adamw(decay_groups(model, weight_decay), optimizer_settings, kind, offloaded)
@@ -167,6 +169,7 @@ class DeepSpeedEngine:
     def close(self) -> None:
         """Free the engine's buffers and hooks; the process can build another engine afterwards."""
         self._engine.destroy()
+        swapping.remove_files(self._zero)
 
     def _tensors(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
         def move(array: Any) -> Tensor:
