@@ -66,7 +66,7 @@ class MergedWeights:
                 torch.from_numpy(self._reader.read(kind, name)).view(self._reader.parameters[name])
                 for name in self._factors[parameter]
             )
-            weight = weight.addmm(up, down, alpha=self._scale)
+            weight.addmm_(up, down, alpha=self._scale)
         merged: Floats = weight.reshape(-1).numpy()
         return merged
 

@@ -113,7 +113,7 @@ def test_other_stages_take_it_up_and_it_takes_up_theirs(swap, straight, tmp_path
 def test_an_adapter_is_swapped_too(swap, tmp_path, two_ranks, store):
     values, arguments = swap
     runs = [tmp_path / "nvme", tmp_path / "cpu"]
-    lora = {"rank": 64, "targets": ["q_proj", "up_proj", "down_proj"]}
+    lora = {"rank": 256, "targets": ["q_proj", "up_proj", "down_proj"]}
     found = two_ranks.run(SWAPPING, values=values(runs[0], store, "nvme", model__lora=lora), **arguments)
     assert all(isinstance(files, int) and files for files in found), found
     assert two_ranks.run(TRAIN, values=values(runs[1], store, "cpu", model__lora=lora)) == [None, None]

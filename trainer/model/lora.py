@@ -31,8 +31,8 @@ class LoraLinear(nn.Module):
         self.in_features, self.out_features = frozen.in_features, frozen.out_features
         self.scale = lora.alpha / lora.rank
         self.dropout = nn.Dropout(lora.dropout)
-        self.lora_A = _unset_linear(self.in_features, lora.rank, frozen.weight.dtype)
-        self.lora_B = _unset_linear(lora.rank, self.out_features, frozen.weight.dtype)
+        self.lora_A = _unset_linear(self.in_features, lora.rank, frozen.weight)
+        self.lora_B = _unset_linear(lora.rank, self.out_features, frozen.weight)
 
     def reset(self, seed: int, name: str) -> None:
         """A is uniform within 1 / sqrt(inputs), drawn from seed and name; B is zero, so the model is the base's."""
@@ -97,9 +97,9 @@ def adapter_config(lora: Lora, base: str, targets: list[str]) -> AdapterConfig:
     return AdapterConfig(base, lora.rank, lora.alpha, lora.dropout, tuple(sorted(names)))
 
 
-def _unset_linear(inputs: int, outputs: int, dtype: torch.dtype) -> nn.Linear:
+def _unset_linear(inputs: int, outputs: int, like: Tensor) -> nn.Linear:
     # By way of the meta device, where nothing is drawn: that would move the global generator.
-    return nn.Linear(inputs, outputs, bias=False, device="meta", dtype=dtype).to_empty(device="cpu")
+    return nn.Linear(inputs, outputs, bias=False, device="meta", dtype=like.dtype).to_empty(device=like.device)
 
 
 def _matches(name: str, target: str) -> bool:
