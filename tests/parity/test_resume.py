@@ -44,10 +44,11 @@ def test_bitwise_on_the_same_number_of_ranks(name, tmp_path, two_ranks, store, s
     assert (tmp_path / "run/steps/steps.jsonl").read_text() == (straight[name] / "steps/steps.jsonl").read_text()
 
 
-def test_bitwise_with_dropout(tmp_path, two_ranks, store):
+@pytest.mark.parametrize("lora", [None, {"dropout": 0.2}])
+def test_bitwise_with_dropout(lora, tmp_path, two_ranks, store):
     """The state of the random generators is part of the checkpoint."""
-    model = settings(tmp_path, store.path)["model"]["config"] | {"attention_dropout": 0.2}
-    changes = {"model__config": model, "engine__deepspeed": "zero2"}
+    model = settings(tmp_path, store.path)["model"]["config"] | {"attention_dropout": 0.2 if lora is None else 0.0}
+    changes = {"model__config": model, "model__lora": lora, "engine__deepspeed": "zero2"}
     run_straight(two_ranks, tmp_path / "straight", store, **changes)
     run_interrupted(two_ranks, two_ranks, tmp_path / "resumed", store, **changes)
     assert losses(tmp_path / "resumed") == losses(tmp_path / "straight")

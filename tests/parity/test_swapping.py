@@ -121,6 +121,29 @@ def test_an_adapter_is_swapped_too(swap, tmp_path, two_ranks, store):
     assert digest(runs[0]) == digest(runs[1])
 
 
+def test_a_swap_file_that_is_gone_or_cut_is_no_state(tmp_path):
+    from types import SimpleNamespace as Stub
+
+    from trainer.engine.swapping import mapped
+    from trainer.errors import MissingInputError
+
+    path = tmp_path / "0_1.tensor.swp"
+    info = Stub(tensors=[Stub(swap_path=str(path))])
+    optimizer = Stub(
+        fp16_partitioned_groups_flat_numel=[100],
+        fp32_partitioned_groups_flat=[Stub(ds_id="0_1")],
+        optimizer_swapper=Stub(swap_params_info={"0_1": info}),
+    )
+    path.write_bytes(np.arange(128, dtype=np.float32).tobytes())
+    assert mapped(optimizer, 0)["master"].tolist() == list(range(100))
+    path.write_bytes(bytes(399))
+    for _ in range(2):
+        with pytest.raises(MissingInputError, match=r"0_1\.tensor\.swp is gone or cut"):
+            mapped(optimizer, 0)
+        path.unlink(missing_ok=True)
+    assert not path.exists()
+
+
 def check_equal_to_rounding(left: Path, right: Path) -> None:
     assert np.allclose(losses(left), losses(right), rtol=1e-5, atol=0)
     first, second = gathered(left), gathered(right)

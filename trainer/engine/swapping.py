@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from trainer.durable import sync_file
+from trainer.errors import MissingInputError
 
 
 def is_swapped(optimizer: Any, group: int) -> bool:
@@ -41,12 +42,17 @@ def resident(optimizer: Any, group: int, *, changes: bool) -> Iterator[None]:
 
 
 def mapped(optimizer: Any, group: int) -> dict[str, Tensor]:
-    """Views of a swapped sub-group's files: `master` and, once there are any, its moments. Writing changes them."""
+    """Views of a swapped sub-group's files: `master` and, once there are any, its moments. Writing changes them.
+
+    Raises MissingInputError when a file is gone or cut: mapping it would make zeros of the state.
+    """
     count = int(optimizer.fp16_partitioned_groups_flat_numel[group])
-    return {
-        kind: torch.from_file(str(path), shared=True, size=count, dtype=torch.float32)
-        for kind, path in _files(optimizer, group).items()
-    }
+    views = {}
+    for kind, path in _files(optimizer, group).items():
+        if not path.is_file() or path.stat().st_size < count * torch.float32.itemsize:
+            raise MissingInputError(f"the swap file {path} is gone or cut", "leave engine.nvme_path to running jobs")
+        views[kind] = torch.from_file(str(path), shared=True, size=count, dtype=torch.float32)
+    return views
 
 
 def settle(optimizer: Any, group: int) -> None:
