@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,9 @@ from torch import Tensor
 
 from trainer.durable import sync_file
 from trainer.errors import MissingInputError
+
+_LEVELS = 3
+"""Directories between engine.nvme_path and the one of a rank: the run's own, and two of DeepSpeed's."""
 
 
 def is_swapped(optimizer: Any, group: int) -> bool:
@@ -63,10 +66,15 @@ def settle(optimizer: Any, group: int) -> None:
 
 
 def remove_files(optimizer: Any) -> None:
-    """Delete this rank's swap files; the engine is not used afterwards."""
+    """Delete this rank's swap files, and what is empty then; the engine is not used afterwards."""
     swapper = getattr(optimizer, "optimizer_swapper", None)
-    if swapper is not None:
-        shutil.rmtree(swapper.swap_folder, ignore_errors=True)
+    if swapper is None:
+        return
+    folder = Path(swapper.swap_folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    for parent in list(folder.parents)[:_LEVELS]:
+        with suppress(OSError):
+            parent.rmdir()
 
 
 def _files(optimizer: Any, group: int) -> dict[str, Path]:
