@@ -28,7 +28,7 @@ from launch.rendezvous import MEETING_SECONDS, meet
 from launch.signals import StopRequests, die_with_launcher
 from trainer.cli import report
 from trainer.config.arguments import TRUST_REMOTE_CODE, add_config_arguments, add_trust_argument
-from trainer.config.deepspeed import check_deepspeed
+from trainer.config.deepspeed import check_deepspeed, check_swap_place
 from trainer.config.device import Device, device_warnings, guess_device, visible_gpus
 from trainer.config.load import load_config
 from trainer.config.resume_law import check_allowed
@@ -122,7 +122,7 @@ def checked_config(path: Path, overrides: Sequence[str], ranks: int, device: Dev
     if ranks < 1:
         raise UsageError(f"{ranks} ranks asked for", "a run has at least one rank")
     config = load_config(path, overrides)
-    if problems := check_deepspeed(config.engine.deepspeed, device):
+    if problems := [*check_deepspeed(config.engine.deepspeed, device), *check_swap_place(config)]:
         raise ConfigError(problems)
     _warn(config, device)
     return config

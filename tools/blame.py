@@ -155,12 +155,16 @@ def _weights_before(config: Config, run: RunDirectory, step: int) -> tuple[Any, 
     from trainer.checkpoint.verify import committed_steps, step_directory, verify_checkpoint
     from trainer.errors import CheckpointError
     from trainer.model.load import load_language_model
+    from trainer.model.lora import add_adapters
     from trainer.model.supervised import SupervisedLanguageModel
     from trainer.prepare import model_directory
 
     attention = "eager" if config.model.attention == "eager" else "sdpa"
     start = model_directory(config, run)
     network = load_language_model(start, dtype="float32", attention=attention, gradient_checkpointing=False)
+    if config.model.lora is not None:
+        add_adapters(network, config.model.lora, config.run.seed)
+    parameters = dict(network.named_parameters())
     for saved in committed_steps(run.checkpoints):
         path = step_directory(run.checkpoints, saved)
         if saved >= step:
@@ -171,8 +175,8 @@ def _weights_before(config: Config, run: RunDirectory, step: int) -> tuple[Any, 
             continue
         reader = SliceReader(path)
         with torch.no_grad():
-            for name, parameter in network.named_parameters():
-                parameter.copy_(torch.from_numpy(reader.read("master", name)).view(parameter.shape))
+            for name in reader.parameters:
+                parameters[name].copy_(torch.from_numpy(reader.read("master", name)).view(parameters[name].shape))
         return SupervisedLanguageModel(network), str(path), saved
     return SupervisedLanguageModel(network), str(start), 0
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -19,18 +19,41 @@ from trainer.errors import CheckpointError, DataError, UsageError
 if TYPE_CHECKING:
     import torch
 
-    from trainer.checkpoint.slices import SliceReader
+    from trainer.checkpoint.slices import Floats
+    from trainer.checkpoint.verify import Manifest
 
 FILE_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 PIECE_ELEMENTS = 1 << 20
 """Elements in memory at once: 4 MiB in fp32, so that casting, hashing and writing find them in the cache."""
 
 
+class Weights(Protocol):
+    """The parameters of a checkpoint, whole or LoRA: SliceReader, MergedWeights or AdapterWeights."""
+
+    @property
+    def path(self) -> Path:
+        """Directory of the checkpoint."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """Its manifest."""
+
+    @property
+    def parameters(self) -> dict[str, tuple[int, ...]]:
+        """Each name to its shape, in model order."""
+
+    def read(self, kind: str, parameter: str, start: int = 0, count: int | None = None) -> Floats:
+        """Elements of a flattened parameter, fp32, newly allocated."""
+
+    def buffer(self, name: str) -> np.ndarray[Any, Any]:
+        """A persistent buffer."""
+
+
 @dataclass(frozen=True)
 class CheckpointTensors:
     """What will be written: `plan` is stored tensor name to (safetensors dtype, shape), in model order."""
 
-    reader: SliceReader
+    reader: Weights
     dtype: str
     plan: dict[str, tuple[str, tuple[int, ...]]]
     buffers: frozenset[str]
@@ -94,7 +117,7 @@ def in_file_dtype(name: str, values: torch.Tensor, dtype: str) -> np.ndarray[Any
     return result
 
 
-def trained_dtype(reader: SliceReader) -> str:
+def trained_dtype(reader: Weights) -> str:
     """The dtype most of the weights had in the live model (some models keep a few in fp32)."""
     counts: dict[str, int] = {}
     for entry in reader.manifest.parameters.values():
@@ -103,19 +126,25 @@ def trained_dtype(reader: SliceReader) -> str:
     return max(counts, key=lambda name: counts[name], default="float32")
 
 
-def open_checkpoint(checkpoint: Path, dtype: str | None = None) -> CheckpointTensors:
+def open_checkpoint(checkpoint: Path, dtype: str | None = None, base: Path | None = None) -> CheckpointTensors:
     """The tensors of a checkpoint that was verified before, in `dtype` (default: the one it was trained in).
+
+    Those of a LoRA checkpoint are merged into its `base` (see `tools.adapter.find_base`).
 
     Compares names and shapes with the architecture. Raises CheckpointError naming the first difference, UsageError for
     a dtype that is not exported.
     """
     from tools.models import load_config, model_on_meta
+    from trainer.adapter_file import read_adapter_config
     from trainer.checkpoint.slices import SliceReader
 
-    reader = SliceReader(checkpoint)
-    dtype = dtype or trained_dtype(reader)
-    if dtype not in FILE_DTYPES:
-        raise UsageError(f"dtype {dtype} cannot be exported", f"choose {' or '.join(FILE_DTYPES)}")
+    reader: Weights = SliceReader(checkpoint)
+    adapter = read_adapter_config(checkpoint / "model")
+    if adapter is not None:
+        from tools.adapter import MergedWeights
+
+        reader = MergedWeights(SliceReader(checkpoint), adapter, base or Path(adapter.base))
+    dtype = _file_dtype(reader, dtype)
     model = model_on_meta(load_config(checkpoint / "model"))
     # named_parameters and named_buffers yield a shared tensor once, under its first name.
     persistent = set(model.state_dict())
@@ -141,7 +170,30 @@ def open_checkpoint(checkpoint: Path, dtype: str | None = None) -> CheckpointTen
     return CheckpointTensors(reader, dtype, plan, frozenset(expected_buffers), type(model).__name__)
 
 
-def _same_names(what: str, expected: dict[str, Any], stored: dict[str, Any], reader: SliceReader) -> None:
+def open_adapter(checkpoint: Path, dtype: str | None = None) -> CheckpointTensors:
+    """The tensors of a verified LoRA checkpoint as its adapter's file holds them, in `dtype`; UsageError for others."""
+    from tools.adapter import AdapterWeights
+    from tools.models import load_config, model_on_meta
+    from trainer.adapter_file import read_adapter_config
+    from trainer.checkpoint.slices import SliceReader
+
+    if read_adapter_config(checkpoint / "model") is None:
+        raise UsageError(f"{checkpoint} is no LoRA checkpoint", "leave --lora out: it is exported whole")
+    reader = AdapterWeights(SliceReader(checkpoint))
+    dtype = _file_dtype(reader, dtype)
+    plan = {name: (FILE_DTYPES[dtype], shape) for name, shape in reader.parameters.items()}
+    architecture = type(model_on_meta(load_config(checkpoint / "model"))).__name__
+    return CheckpointTensors(reader, dtype, plan, frozenset(), architecture)
+
+
+def _file_dtype(reader: Weights, asked: str | None) -> str:
+    dtype = asked or trained_dtype(reader)
+    if dtype not in FILE_DTYPES:
+        raise UsageError(f"dtype {dtype} cannot be exported", f"choose {' or '.join(FILE_DTYPES)}")
+    return dtype
+
+
+def _same_names(what: str, expected: dict[str, Any], stored: dict[str, Any], reader: Weights) -> None:
     missing = [name for name in expected if name not in stored]
     unexpected = [name for name in stored if name not in expected]
     for problem, names in (("lacks", missing), ("holds the unknown", unexpected)):
@@ -159,7 +211,7 @@ def _owner(model: Any, alias: str) -> str:
     return next(str(name) for name, candidate in model.named_parameters() if candidate is tensor)
 
 
-def _drop_alias(reader: SliceReader, stored: dict[str, tuple[int, ...]], alias: str, owner: str) -> None:
+def _drop_alias(reader: Weights, stored: dict[str, tuple[int, ...]], alias: str, owner: str) -> None:
     """Leave out `alias`, which the configuration ties to `owner`, if both are stored and equal bit by bit."""
     if owner not in stored:
         stored[owner] = stored.pop(alias)
@@ -172,7 +224,7 @@ def _drop_alias(reader: SliceReader, stored: dict[str, tuple[int, ...]], alias: 
     del stored[alias]
 
 
-def _equal_bits(reader: SliceReader, first: str, second: str) -> bool:
+def _equal_bits(reader: Weights, first: str, second: str) -> bool:
     total = math.prod(reader.parameters[first])
     for start in range(0, total, PIECE_ELEMENTS):
         count = min(PIECE_ELEMENTS, total - start)
@@ -182,7 +234,7 @@ def _equal_bits(reader: SliceReader, first: str, second: str) -> bool:
     return True
 
 
-def _integer_dtype(reader: SliceReader, name: str) -> str:
+def _integer_dtype(reader: Weights, name: str) -> str:
     from trainer.tensor_file import DTYPE_NAMES
 
     return str(DTYPE_NAMES[reader.buffer(name).dtype])

@@ -71,6 +71,8 @@ def import_checkpoint(config: Config, source: Path) -> ImportReport:
     from trainer.run_directory import RunDirectory
     from trainer.world import World
 
+    if config.model.lora is not None:
+        raise UsageError("a LoRA run cannot be imported", "take model.lora out to import a whole model")
     source = directory_of(source)
     run = RunDirectory(Path(config.run.dir))
     lock = run.lock()

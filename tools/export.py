@@ -3,12 +3,14 @@
     steadfast export runs/NAME out/model
     steadfast export runs/NAME/checkpoints/step-00000100 out/model --dtype bfloat16 --max-shard-size 2GB
     steadfast export runs/NAME out/model --sign key.pem --push s3://bucket/model
+    steadfast export runs/LORA out/adapter --lora apart
 
 A run directory stands for its newest valid checkpoint. Weights are read and written in pieces of a few megabytes, so
 memory does not depend on the model; a killed export goes on with the next shard when the same command is given again.
 OUT appears only when every byte of the checkpoint is as it was committed, and a fresh process has loaded the result
 with plain transformers, found every tensor equal to the checkpoint's, and got the logits that the live model gave when
 the checkpoint was saved (that process holds the whole model in fp32). If not: exit code 1, and nothing at OUT.
+A LoRA run is merged into its base, or written apart as an adapter in peft's format, proved on that base.
 --no-verify leaves all that out: names, shapes, sizes and finite values are checked, and the model card says so.
 """
 
@@ -19,7 +21,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +31,7 @@ from trainer.errors import MissingInputError
 if TYPE_CHECKING:
     from tools.checkpoint_tensors import CheckpointTensors
     from tools.export_proof import Claim, Proof
+    from trainer.adapter_file import AdapterConfig
 
 MODEL_STEM = "model"
 DEFAULT_SHARD_BYTES = 5 * 10**9
@@ -54,6 +57,8 @@ class ExportReport:
     top1_agreement: float | None
     """Share of probe positions where both models rank the same token first."""
     tolerance: float | None
+    lora: str | None = None
+    """How the adapter of a LoRA run was exported: merged or apart."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -62,6 +67,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path, metavar="OUT", help="directory to make; must not exist")
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: as trained)")
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest weight file")
+    parser.add_argument(
+        "--lora",
+        choices=["merged", "apart"],
+        default="merged",
+        help="of a LoRA run: a whole model (default), or the adapter in peft's format",
+    )
+    parser.add_argument("--base", type=Path, metavar="DIR", help="base model of a LoRA run (default: where it was)")
     parser.add_argument(
         "--verify",
         action=argparse.BooleanOptionalAction,
@@ -90,6 +102,8 @@ def run(arguments: argparse.Namespace) -> int:
         verify=arguments.verify,
         sign_with=arguments.sign,
         trusted_code=arguments.trust_remote_code,
+        lora=arguments.lora,
+        base=arguments.base,
     )
     if arguments.push:
         push(arguments.out, arguments.push)
@@ -104,13 +118,16 @@ def run(arguments: argparse.Namespace) -> int:
         print("not verified: neither the checkpoint's bytes nor the logits were checked")
     else:
         print(
-            f"verified in a fresh process: {report.tensors} tensors equal to the checkpoint's; with transformers the "
+            f"verified in a fresh process: {report.tensors} tensors equal to the checkpoint's; the "
             f"largest logit difference is {report.logit_max_diff:.2e} (allowed {report.tolerance:.1e}), same first "
             f"choice at {report.top1_agreement:.1%} of the probe positions"
         )
     if arguments.push:
         print(f"copied to {arguments.push}")
-    print(f"next: steadfast serve {report.out}")
+    if report.lora == "apart":
+        print("next: load it with peft, transformers or vLLM; --lora merged makes a model for steadfast serve")
+    else:
+        print(f"next: steadfast serve {report.out}")
     return 0
 
 
@@ -123,19 +140,24 @@ def export_checkpoint(
     verify: bool = True,
     sign_with: Path | None = None,
     trusted_code: str | None = None,
+    lora: str = "merged",
+    base: Path | None = None,
     prove: Callable[[Claim], Proof] | None = None,
 ) -> ExportReport:
     """Write the model of `source` (a run or a checkpoint) to the new directory `out`.
 
     `dtype` is float32, bfloat16 or float16, by default the dtype the model was trained in. With `verify` every byte of
     the checkpoint is checked and `prove` examines the result, by default in a process of its own. `trusted_code` is the
-    revision of the model's own code that may run (`trainer.model.remote_code`).
+    revision of the model's own code that may run (`trainer.model.remote_code`). Of a LoRA run `lora` says whether the
+    adapter is merged into `base` (default: the directory it was trained with) or written apart.
 
     Raises CheckpointError when the checkpoint is damaged or lacks a tensor of its architecture, NotEqualError when the
-    verification fails, DataError when a weight is not finite, CannotWriteError when `out` exists or its disk is too
-    small, RunLockedError when another process writes it. After an error `out` does not exist.
+    verification fails, DataError when a weight is not finite or the base is another one, MissingInputError when the
+    base is not there, CannotWriteError when `out` exists or its disk is too small, RunLockedError when another process
+    writes it. After an error `out` does not exist.
     """
     from tools import export_proof
+    from tools.adapter import find_base
     from tools.artefact import (
         copy_files,
         describe,
@@ -145,9 +167,10 @@ def export_checkpoint(
         write_manifest,
         write_shards,
     )
-    from tools.checkpoint_tensors import open_checkpoint
+    from tools.checkpoint_tensors import open_adapter, open_checkpoint
     from tools.models import quiet_transformers
     from tools.signing import require_key, require_signing, sign
+    from trainer.adapter_file import CONFIG_NAME, STEM, read_adapter_config
     from trainer.checkpoint.verify import MANIFEST_NAME, find_checkpoint, inspect_checkpoint, verify_checkpoint
     from trainer.durable import write_file
     from trainer.model.remote_code import trust_remote_code
@@ -162,22 +185,29 @@ def export_checkpoint(
     quiet_transformers()
     checkpoint = find_checkpoint(source, verify_checkpoint if verify else inspect_checkpoint)
     trust_remote_code(checkpoint / "model", trusted_code)
-    tensors = open_checkpoint(checkpoint, dtype)
-    manifest = tensors.reader.manifest
+    adapter, apart = read_adapter_config(checkpoint / "model"), lora == "apart"
+    if adapter is not None:
+        if verify or not apart:
+            base = find_base(checkpoint, adapter, base)
+        if base is not None:
+            adapter = replace(adapter, base=str(base.absolute()))
+    tensors = open_adapter(checkpoint, dtype) if apart else open_checkpoint(checkpoint, dtype, base)
+    manifest, model_files = tensors.reader.manifest, checkpoint / "model"
     recipe = {
         "checkpoint": hashlib.sha256((checkpoint / MANIFEST_NAME).read_bytes()).hexdigest(),
         "dtype": tensors.dtype,
         "max_shard_bytes": max_shard_bytes,
+        "lora": lora,
     }
     with new_directory(out, tensor_bytes(tensors.plan), recipe) as building:
-        entries = write_shards(building, MODEL_STEM, tensors.plan, tensors.pieces, max_shard_bytes)
-        model_files = sorted(path for path in (checkpoint / "model").iterdir() if path.name != "config.json")
-        entries |= copy_files(model_files, building)
-        config = json.loads((checkpoint / "model" / "config.json").read_bytes())
-        config.pop("torch_dtype", None)  # the older name of `dtype`; both together contradict each other
-        config |= {"dtype": tensors.dtype, "architectures": [tensors.architecture]}
-        write_file(building / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
-        entries["config.json"] = describe(building / "config.json")
+        # peft reads one file.
+        stem, shard_bytes = (STEM, tensor_bytes(tensors.plan)) if apart else (MODEL_STEM, max_shard_bytes)
+        entries = write_shards(building, stem, tensors.plan, tensors.pieces, shard_bytes)
+        name, text = _adapter_config(adapter) if apart and adapter else _model_config(checkpoint, tensors)
+        own = {"config.json", CONFIG_NAME} | ({"generation_config.json"} if apart else set())
+        entries |= copy_files(sorted(path for path in model_files.iterdir() if path.name not in own), building)
+        write_file(building / name, text)
+        entries[name] = describe(building / name)
         # checkpoints/step-... of a run: its configuration lies above. A checkpoint that was moved has none.
         training_config = checkpoint.absolute().parent.parent / "config.yaml"
         if training_config.is_file():
@@ -186,15 +216,21 @@ def export_checkpoint(
         proof = None
         if verify:
             claim = export_proof.Claim(
-                str(building), str(checkpoint.absolute()), tensors.dtype, dict(entries), trusted_code
+                str(building),
+                str(checkpoint.absolute()),
+                tensors.dtype,
+                dict(entries),
+                trusted_code=trusted_code,
+                base=None if base is None else str(base.absolute()),
+                apart=apart,
             )
             proof = (prove or export_proof.prove)(claim)
             write_file(building / "proof.json", json.dumps(asdict(proof), indent=1) + "\n")
             entries["proof.json"] = describe(building / "proof.json")
-        write_file(building / "README.md", _model_card(out.name, tensors, proof))
+        write_file(building / "README.md", _card(out.name, tensors, proof, adapter, apart=apart))
         entries["README.md"] = describe(building / "README.md")
         about = {
-            "kind": "model",
+            "kind": "adapter" if apart else "model",
             "step": manifest.step,
             "dtype": tensors.dtype,
             "checkpoint": checkpoint.name,
@@ -218,11 +254,29 @@ def export_checkpoint(
         logit_max_diff=proof.logit_max_diff if proof else None,
         top1_agreement=proof.top1_agreement if proof else None,
         tolerance=proof.tolerance if proof else None,
+        lora=None if adapter is None else lora,
     )
 
 
-def _model_card(name: str, tensors: CheckpointTensors, proof: Proof | None) -> str:
-    from tools.model_card import model_card
+def _model_config(checkpoint: Path, tensors: CheckpointTensors) -> tuple[str, str]:
+    """Name and text of the configuration of a whole model."""
+    config = json.loads((checkpoint / "model" / "config.json").read_bytes())
+    config.pop("torch_dtype", None)  # the older name of `dtype`; both together contradict each other
+    config |= {"dtype": tensors.dtype, "architectures": [tensors.architecture]}
+    return "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+
+def _adapter_config(adapter: AdapterConfig) -> tuple[str, str]:
+    """Name and text of the configuration of an adapter; any config.json would make it look like a whole model."""
+    from trainer.adapter_file import CONFIG_NAME
+
+    return CONFIG_NAME, json.dumps(adapter.as_json(), indent=2) + "\n"
+
+
+def _card(
+    name: str, tensors: CheckpointTensors, proof: Proof | None, adapter: AdapterConfig | None, *, apart: bool
+) -> str:
+    from tools.model_card import adapter_card, model_card
 
     manifest = tensors.reader.manifest
     facts: dict[str, Any] = {
@@ -233,12 +287,17 @@ def _model_card(name: str, tensors: CheckpointTensors, proof: Proof | None) -> s
         **manifest.provenance,
         **{f"trained with {key}": value for key, value in manifest.identity.items()},
     }
+    if adapter is not None:
+        facts |= {"LoRA base": adapter.base, "LoRA rank": adapter.rank, "LoRA alpha": adapter.alpha}
     proven = (
         "Not verified: exported with --no-verify."
         if proof is None
-        else f"Reloaded by a fresh process: {proof.tensors} tensors equal to the checkpoint's, and with transformers "
-        f"{proof.transformers} the live model's logits on {len(proof.prompts)} probes: largest difference "
+        else f"Reloaded by a fresh process: {proof.tensors} tensors equal to the checkpoint's, and with "
+        f"{proof.loaded_with} the live model's logits on {len(proof.prompts)} probes: largest difference "
         f"{proof.logit_max_diff:.2e} (allowed {proof.tolerance:.1e}), same first choice at {proof.top1_agreement:.1%} "
         "of the positions. Details: `proof.json`."
     )
-    return model_card(name, f"Exported by Steadfast from checkpoint `{tensors.reader.path.name}`.", facts, proven)
+    source = f"xported by Steadfast from checkpoint `{tensors.reader.path.name}`."
+    if apart and adapter is not None:
+        return adapter_card(name, f"A LoRA adapter, e{source}", facts, proven, base=adapter.base)
+    return model_card(name, f"E{source}", facts, proven)

@@ -52,6 +52,10 @@ class Claim:
     files: Mapping[str, Entry]
     trusted_code: str | None = None
     """Revision of the model's own code that may run (`trainer.model.remote_code`)."""
+    base: str | None = None
+    """Of a LoRA checkpoint: the directory of its base, which was compared with the one that was trained with."""
+    apart: bool = False
+    """Whether `model` is the adapter alone."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +74,8 @@ class Proof:
     """Positions compared: the last ones of every probe."""
     tolerance: float
     dtype: str
-    transformers: str
-    """Version that loaded it."""
+    loaded_with: str
+    """The library, and its version, that loaded it."""
 
 
 def prove(claim: Claim) -> Proof:
@@ -119,24 +123,28 @@ def examine(claim: Claim) -> Proof:
     """
     import transformers
 
-    from tools.checkpoint_tensors import open_checkpoint, trained_dtype
-    from tools.model_tensors import ModelTensors, architecture_shapes, check_inventory
+    from tools.adapter import loaded_with
+    from tools.checkpoint_tensors import open_adapter, open_checkpoint, trained_dtype
+    from tools.model_tensors import WEIGHTS_STEM, ModelTensors, architecture_shapes, check_inventory
     from tools.models import load_config, quiet_transformers
+    from trainer.adapter_file import STEM
     from trainer.model.remote_code import trust_remote_code
 
     quiet_transformers()
     model, checkpoint = Path(claim.model), Path(claim.checkpoint)
     ids, logits = _read_probe(checkpoint)
     _check_files(model, claim.files)
-    trust_remote_code(model, claim.trusted_code)
+    trust_remote_code(checkpoint / "model", claim.trusted_code)
+    base = None if claim.base is None else Path(claim.base)
+    source = open_adapter(checkpoint, claim.dtype) if claim.apart else open_checkpoint(checkpoint, claim.dtype, base)
     try:
-        tensors = ModelTensors(model)
-        check_inventory(tensors, architecture_shapes(load_config(model)))
+        tensors = ModelTensors(model, STEM if claim.apart else WEIGHTS_STEM)
+        expected = source.reader.parameters if claim.apart else architecture_shapes(load_config(model))
+        check_inventory(tensors, expected)
     except DataError as error:
         raise NotEqualError(error.fact, REMEDY) from error
-    source = open_checkpoint(checkpoint, claim.dtype)
     _check_weights(tensors, source)
-    found, top1 = _logits(model, ids, logits)
+    found, top1 = _compare_logits(_load(model, base if claim.apart else None), ids, logits)
     rounded = {claim.dtype, trained_dtype(source.reader)} != {"float32"}
     tolerance = ROUNDED_SHARE * max(1.0, float(logits.abs().max())) if rounded else FLOAT32_TOLERANCE
     if found > tolerance:
@@ -154,7 +162,7 @@ def examine(claim: Claim) -> Proof:
         positions=ids.shape[0] * logits.shape[1],
         tolerance=tolerance,
         dtype=claim.dtype,
-        transformers=transformers.__version__,
+        loaded_with=loaded_with() if claim.apart else f"transformers {transformers.__version__}",
     )
 
 
@@ -185,12 +193,16 @@ def _check_weights(tensors: Any, source: Any) -> None:
             start += expected.size
 
 
-def _logits(model_path: Path, ids: torch.Tensor, logits: torch.Tensor) -> tuple[float, float]:
-    """Largest difference to the stored logits (infinite when some are not numbers) and share of equal first choices."""
+def _load(model_path: Path, base: Path | None) -> Any:
+    """The exported model as others load it, fp32; an adapter on its `base`."""
     import torch
     from transformers import AutoModelForCausalLM
 
+    from tools.adapter import load_with_adapter
+
     try:
+        if base is not None:
+            return load_with_adapter(model_path, base)
         model, report = AutoModelForCausalLM.from_pretrained(
             model_path,
             dtype=torch.float32,
@@ -205,6 +217,13 @@ def _logits(model_path: Path, ids: torch.Tensor, logits: torch.Tensor) -> tuple[
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(map(str, report.get(kind) or ())):
             raise NotEqualError(f"{model_path} has {kind.replace('_', ' ')}: {names[0]}", REMEDY)
+    return model
+
+
+def _compare_logits(model: Any, ids: torch.Tensor, logits: torch.Tensor) -> tuple[float, float]:
+    """Largest difference to the stored logits (infinite when some are not numbers) and share of equal first choices."""
+    import torch
+
     kept = logits.shape[1]
     largest, same = 0.0, 0
     with torch.inference_mode():

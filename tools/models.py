@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tools.artefact import check_sizes
+from trainer.adapter_file import CONFIG_NAME
 from trainer.errors import DataError, MissingInputError, SteadfastError
 from trainer.names import is_plain_name
 
@@ -25,6 +26,8 @@ def check_model_directory(path: Path) -> None:
         raise MissingInputError(f"{path} is not a directory", "give a model directory, e.g. an export")
     if not (path / "config.json").is_file():
         hint = "steadfast export makes a model of a run" if (path / "checkpoints").is_dir() else "is it a model?"
+        if (path / CONFIG_NAME).is_file():
+            hint = "it is an adapter: steadfast export --lora merged makes a whole model"
         raise MissingInputError(f"{path} has no config.json", hint)
     check_sizes(path)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from socket import gethostname, socket
 from typing import TYPE_CHECKING, Any
 
+from trainer.adapter_file import adapted_modules
 from trainer.checkpoint.verify import read_manifest, step_directory
 from trainer.config.load import config_as_yaml
 from trainer.config.resume_law import identity_differences
@@ -38,6 +39,7 @@ from trainer.observe.watchdog import Post
 from trainer.prepare import (
     changed_settings,
     collect_model_files,
+    model_directory,
     open_cache,
     probe_prompts,
     run_identity,
@@ -45,6 +47,7 @@ from trainer.prepare import (
 from trainer.run_directory import RunDirectory
 from trainer.run_lock import RunLock
 from trainer.state import TrainState
+from trainer.weight_files import weights_fingerprint
 from trainer.world import World
 
 if TYPE_CHECKING:
@@ -203,7 +206,7 @@ def _train_watched(
         engine=engine,
         feed=feed,
         world=world,
-        identity=run_identity(config, store, rows, run, code),
+        identity=run_identity(config, store, rows, run, code) | _base_identity(config, world, run),
         model_files=run.model_files,
         probe=probe_prompts(store, rows.sequence_length),
     )
@@ -220,7 +223,7 @@ def _train_watched(
     if times is not None:
         # Only now: a start that was refused leaves the record of the run as it was.
         changes = [*_allowed(run, capture, restored), *changed_settings(config, run)] if restored else []
-        _write_down(config, run, data, lock, code)
+        _write_down(config, run, data, lock, code, [*engine.saved_parameters()])
         record: AbstractContextManager[Record] = recorded(
             config,
             run,
@@ -271,11 +274,29 @@ def _train_watched(
         cache.close()
 
 
-def _write_down(config: Config, run: RunDirectory, data: OpenData, lock: RunLock | None, code: str | None) -> None:
-    """Rank 0: leave in the run directory what this start is."""
+def _base_identity(config: Config, world: World, run: RunDirectory) -> dict[str, str]:
+    """Under LoRA no checkpoint holds the base model: what its files hold is part of the run's identity. Collective."""
+    from trainer import collectives
+
+    if config.model.lora is None:
+        return {}
+    own = weights_fingerprint(model_directory(config, run), run.base_model) if world.is_first else ""
+    return {"base": collectives.exchange({"base": own})[0]["base"]}
+
+
+def _write_down(
+    config: Config, run: RunDirectory, data: OpenData, lock: RunLock | None, code: str | None, parameters: Sequence[str]
+) -> None:
+    """Rank 0: leave in the run directory what this start is; `parameters` are those that checkpoints will hold."""
+    from trainer.model.lora import adapter_config
+
     write_file(run.config, config_as_yaml(config))
     write_file(run.plan, json.dumps(data.plan.as_json(), indent=1) + "\n")
-    collect_model_files(config, data.store, run)
+    adapter = None
+    if config.model.lora is not None:
+        base = str(model_directory(config, run).absolute())
+        adapter = adapter_config(config.model.lora, base, adapted_modules(parameters))
+    collect_model_files(config, data.store, run, adapter)
     with closing(EventLedger(run.events)) as events:
         if lock is not None and lock.taken_over is not None:
             events.record("takeover", holder=lock.taken_over)

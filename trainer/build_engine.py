@@ -13,7 +13,8 @@ from trainer.config.schema import Config
 from trainer.engine import device as devices
 from trainer.engine.deepspeed_engine import DeepSpeedEngine, ZeroThreeHook
 from trainer.errors import ConfigError, DataError, UsageError
-from trainer.model.load import load_language_model, train_only
+from trainer.model.load import load_language_model, train_only, trainable_share
+from trainer.model.lora import add_adapters
 from trainer.model.supervised import SupervisedLanguageModel, unsupported_head
 from trainer.optim.schedules import share_of_peak
 from trainer.prepare import model_directory
@@ -53,7 +54,13 @@ def build_engine(
         )
     finally:
         hook.release()
-    train_only(language_model, config.model.trainable)
+    if config.model.lora is not None:
+        add_adapters(language_model, config.model.lora, config.run.seed)
+    else:
+        train_only(language_model, config.model.trainable)
+    trained, all_of_them = trainable_share(language_model)
+    if world.is_first and trained < all_of_them:
+        print(f"training {trained:,} of {all_of_them:,} parameters ({trained / all_of_them:.2%})", flush=True)
     if (reason := unsupported_head(language_model)) is not None:
         raise DataError(f"{model_directory(config, run)} cannot be trained: {reason}", "it is not supported yet")
     optimizer = config.optimizer
@@ -66,6 +73,7 @@ def build_engine(
             "eps": optimizer.epsilon,
         },
         weight_decay=optimizer.weight_decay,
+        saves_frozen=config.model.lora is None,
         share_of_peak=share_of_peak(config.schedule, config.train.max_steps),
         device=device,
         kind=kind,

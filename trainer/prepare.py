@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from trainer.adapter_file import CONFIG_NAME, AdapterConfig
 from trainer.checkpoint.verify import committed_steps
 from trainer.config.document import parse
 from trainer.config.resume_law import settings_text, tuned
@@ -68,13 +69,15 @@ def prepare_model(config: Config, store: TokenStore, rows: RowPlan, run: RunDire
         _same_ids(load_tokenizer(source), load_tokenizer(store.tokenizer_path), source, store)
 
 
-def collect_model_files(config: Config, store: TokenStore, run: RunDirectory) -> None:
-    """Rank 0: gather what every checkpoint carries along: the model's configuration and code, the store's tokenizer."""
+def collect_model_files(
+    config: Config, store: TokenStore, run: RunDirectory, adapter: AdapterConfig | None = None
+) -> None:
+    """Rank 0: gather what every checkpoint carries along: configuration and code of the model, adapter, tokenizer."""
     source = model_directory(config, run)
-    names = ("config.json", "generation_config.json")
+    names = ("config.json", "generation_config.json", CONFIG_NAME)
     # A tokenizer's directory may hold the configuration of another model.
     tokenizer = [file for file in store.tokenizer_path.iterdir() if file.name not in names]
-    described = [source / name for name in names if (source / name).is_file()]
+    described = [source / name for name in names[:2] if (source / name).is_file()]
     if own_classes(source):
         described += sorted(source.glob("*.py"))
     with write_errors(run.model_files):
@@ -82,6 +85,8 @@ def collect_model_files(config: Config, store: TokenStore, run: RunDirectory) ->
         run.model_files.mkdir()
         for file in [*tokenizer, *described]:
             shutil.copyfile(file, run.model_files / file.name)
+    if adapter is not None:
+        write_file(run.model_files / CONFIG_NAME, json.dumps(adapter.as_json(), indent=2) + "\n")
 
 
 def changed_settings(config: Config, run: RunDirectory) -> list[str]:
@@ -237,6 +242,7 @@ def run_identity(
         **model,
         **({} if code is None else {"code": code}),
         "model.trainable": ", ".join(config.model.trainable or ["*"]),
+        **settings_text("model.lora", config.model.lora.model_dump() if config.model.lora else {}),
         "data": store.fingerprint[:16],
         "tokenizer": store.manifest["tokenizer_fingerprint"][:16],
         "template": store.manifest["template_sha256"][:16],

@@ -64,8 +64,13 @@ class RunDirectory:
         return self.path / "initial-model"
 
     @property
+    def base_model(self) -> Path:
+        """Fingerprint of the base model that a LoRA adapter is trained beside."""
+        return self.path / "base-model.json"
+
+    @property
     def model_files(self) -> Path:
-        """config.json, generation_config.json and tokenizer: copied into every checkpoint."""
+        """config.json, generation_config.json, tokenizer, adapter_config.json: copied into every checkpoint."""
         return self.path / "model"
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import subprocess
 import time
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from typing import Any
 from trainer.checkpoint.verify import committed_steps, read_manifest, step_directory
 from trainer.config.deepspeed import load_deepspeed_json
 from trainer.config.load import config_as_yaml
-from trainer.config.schema import Config
+from trainer.config.schema import Config, Lora
 from trainer.errors import SteadfastError
 from trainer.observe.ledger import read_lines
 from trainer.run_directory import RunDirectory
@@ -59,10 +60,14 @@ def checkpoint_bytes(config: Config) -> tuple[int, str] | None:
         for step in committed_steps(checkpoints)[:1]:
             files = read_manifest(step_directory(checkpoints, step)).files
             return sum(int(entry["bytes"]) for entry in files.values()), "as the newest one"
-    if config.model.path is not None:
-        parameters = _parameters_of(Path(config.model.path))
-    else:
+    if config.model.path is None:
         parameters = _parameters_from_scratch(config.model.config or {}, _vocabulary_size(config))
+    elif (shapes := _shapes_of(Path(config.model.path))) is None:
+        return None
+    elif (lora := config.model.lora) is not None:
+        parameters = sum(lora.rank * sum(shape) for name, shape in shapes.items() if _may_be_adapted(name, shape, lora))
+    else:
+        parameters = sum(map(math.prod, shapes.values()))
     return None if parameters is None else (parameters * _BYTES_PER_PARAMETER, f"{parameters:,} parameters")
 
 
@@ -115,22 +120,26 @@ def _vocabulary_size(config: Config) -> int:
     return int((config.model.config or {}).get("vocab_size") or _LARGEST_VOCABULARY)
 
 
-def _parameters_of(model: Path) -> int | None:
-    """Parameters in the safetensors files of a model directory, from their headers alone."""
-    total = 0
+def _may_be_adapted(name: str, shape: tuple[int, ...], lora: Lora) -> bool:
+    """Whether a LoRA adapter may stand beside the tensor: a few too many, as headers do not tell what is linear."""
+    module, _, kind = name.rpartition(".")
+    chosen = lora.targets == "all-linear" or any(f".{module}".endswith(f".{target}") for target in lora.targets)
+    return len(shape) == 2 and kind == "weight" and chosen
+
+
+def _shapes_of(model: Path) -> dict[str, tuple[int, ...]] | None:
+    """Name to shape of the tensors in the safetensors files of a model directory, from their headers alone."""
+    shapes: dict[str, tuple[int, ...]] = {}
     try:
         for path in sorted(model.glob("*.safetensors")):
             with path.open("rb") as stream:
                 header = json.loads(stream.read(min(int.from_bytes(stream.read(8), "little"), MAX_HEADER_BYTES)))
             for name, entry in header.items():
                 if name != "__metadata__":
-                    size = 1
-                    for length in entry["shape"]:
-                        size *= int(length)
-                    total += size
+                    shapes[name] = tuple(map(int, entry["shape"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return total or None
+    return shapes or None
 
 
 def _parameters_from_scratch(model: Mapping[str, Any], vocabulary: int) -> int | None:

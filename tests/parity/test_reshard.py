@@ -29,8 +29,15 @@ SETUPS = {
     "frozen": {"trainable": ["model.layers.1.*", "model.norm.*"]},
     "offload": {"zero": {1: OFFLOAD, 2: OFFLOAD, 3: EVERYTHING}},
     "sub-groups": {"zero": {3: {"sub_group_size": 3000, "stage3_param_persistence_threshold": 40}}},
+    "frozen offload": {
+        "trainable": ["model.layers.1.*", "model.norm.*"],
+        "zero": {3: {**EVERYTHING, "sub_group_size": 3000, "stage3_param_persistence_threshold": 40}},
+    },
+    "lora": {"lora": {"rank": 4, "alpha": 16.0}},
+    "lora offload": {"lora": {"rank": 4, "alpha": 16.0}, "zero": {3: EVERYTHING}},
     "bf16": {"dtype": "bfloat16"},
     "bf16 frozen": {"dtype": "bfloat16", "trainable": ["model.embed_tokens.*", "*.mlp.*"]},
+    "bf16 lora": {"dtype": "bfloat16", "lora": {"targets": ["q_proj", "down_proj"]}},
 }
 
 # (setup, saved by ranks and stage, continued by ranks and stage)
@@ -42,6 +49,9 @@ COVERING = [
     ("frozen", (4, 3), (2, 2)),
     ("offload", (2, 3), (4, 1)),
     ("sub-groups", (3, 3), (1, 3)),
+    ("frozen offload", (2, 3), (3, 1)),
+    ("lora", (2, 1), (3, 3)),
+    ("lora", (3, 3), (1, 2)),
     ("plain", (1, 1), (1, 3)),
 ]
 SAME = [
@@ -51,6 +61,9 @@ SAME = [
     ("sub-groups", 3, 3),
     ("bf16", 2, 2),
     ("bf16 frozen", 2, 3),
+    ("lora", 3, 3),
+    ("lora offload", 2, 3),
+    ("bf16 lora", 2, 3),
 ]
 
 
@@ -90,6 +103,7 @@ class Runs:
         values["engine"]["deepspeed"] = str(settings_file)
         values["train"] |= {"global_batch_size": 12, "micro_batch_size": 1}
         values["model"] |= {"dtype": chosen.get("dtype", "float32"), "trainable": chosen.get("trainable")}
+        values["model"]["lora"] = chosen.get("lora")
         values["model"]["config"]["tie_word_embeddings"] = chosen.get("tie_word_embeddings", True)
         meeting_point = str(self._directory / f"meeting-{next(self._numbers)}")
         assert self._pool.run(AMONG, size=size, meeting_point=meeting_point, values=values) == [None] * 4

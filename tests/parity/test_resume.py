@@ -44,10 +44,11 @@ def test_bitwise_on_the_same_number_of_ranks(name, tmp_path, two_ranks, store, s
     assert (tmp_path / "run/steps/steps.jsonl").read_text() == (straight[name] / "steps/steps.jsonl").read_text()
 
 
-def test_bitwise_with_dropout(tmp_path, two_ranks, store):
+@pytest.mark.parametrize("lora", [None, {"dropout": 0.2}])
+def test_bitwise_with_dropout(lora, tmp_path, two_ranks, store):
     """The state of the random generators is part of the checkpoint."""
-    model = settings(tmp_path, store.path)["model"]["config"] | {"attention_dropout": 0.2}
-    changes = {"model__config": model, "engine__deepspeed": "zero2"}
+    model = settings(tmp_path, store.path)["model"]["config"] | {"attention_dropout": 0.2 if lora is None else 0.0}
+    changes = {"model__config": model, "model__lora": lora, "engine__deepspeed": "zero2"}
     run_straight(two_ranks, tmp_path / "straight", store, **changes)
     run_interrupted(two_ranks, two_ranks, tmp_path / "resumed", store, **changes)
     assert losses(tmp_path / "resumed") == losses(tmp_path / "straight")
@@ -105,6 +106,28 @@ def test_an_allowed_change_is_taken_and_recorded(tmp_path, two_ranks, store):
     ]
     # The new checkpoint has the new identity: nothing need be allowed again.
     assert two_ranks.run(TRAIN, values=values | {"train": values["train"] | {"max_steps": 5}}) == [None, None]
+
+
+def test_an_adapter_resumes_beside_its_own_base_only(tmp_path, two_ranks, store):
+    base, run = tmp_path / "base", tmp_path / "run"
+    run_straight(two_ranks, tmp_path / "made", store, train__max_steps=1)
+    shutil.copytree(tmp_path / "made/initial-model", base)
+    values = settings(run, store.path, train__max_steps=2)
+    values["model"] = {"path": str(base), "dtype": "float32", "lora": {"rank": 2}}
+    assert two_ranks.run(TRAIN, values=values) == [None, None]
+    manifest = json.loads((find_checkpoint(run) / MANIFEST_NAME).read_text())
+    assert all(".lora_" in name for name in manifest["parameters"])
+    assert manifest["tied"] == {}
+    content = bytearray((base / "model.safetensors").read_bytes())
+    content[-2] ^= 1
+    (base / "model.safetensors").write_bytes(content)
+    values["train"]["max_steps"] = 3
+    found = two_ranks.run(TRAIN, values=values)
+    assert all(error.startswith("76: ") and f"(base: {manifest['identity']['base']} -> " in error for error in found)
+    assert two_ranks.run(TRAIN, values=values, allow_changes=["base"]) == [None, None]
+    values["model"]["lora"]["rank"] = 3
+    found = two_ranks.run(TRAIN, values=values)
+    assert all(error.startswith("76: ") and "model.lora.rank: 2 -> 3" in error for error in found)
 
 
 def test_a_finished_run_does_nothing(tmp_path, two_ranks, store):

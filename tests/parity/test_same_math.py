@@ -3,39 +3,48 @@
 The reference is a plain torch loop over single samples, one forward each: no packing, no engine, no feed arithmetic.
 """
 
+import copy
 import json
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional
+from torch.nn.utils import parametrize
 
 from tests.support.corpora import message_rows, tiny_store
 from tests.support.training import gathered, largest_difference, losses, settings
 from trainer.checkpoint.verify import find_checkpoint
-from trainer.config.schema import Schedule
+from trainer.config.schema import Lora, Schedule
 from trainer.data.order import rows_at
+from trainer.model.lora import add_adapters
 from trainer.optim.schedules import share_of_peak
 
 TRAIN = "tests.support.training:train"
+TRAIN_BESIDE_BASE = "tests.support.training:train_beside_base"
 TOLERANCE = 1e-6
 
 
-def reference_run(store, values, initial_model):
-    """(losses, weights) of plain torch: every sample of a step alone, summed, divided by the step's targets."""
+def reference_run(store, values, initial_model, adapt=lambda model: None):
+    """(losses, weights) of plain torch: every sample of a step alone, summed, divided by the step's targets.
+
+    `adapt` changes the model before training.
+    """
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(1)
     plan = store.plan(store.plan_spec(packing=values["data"].get("packing", True)))
     model = AutoModelForCausalLM.from_pretrained(initial_model, dtype=torch.float32)
+    adapt(model)
     model.train()
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optimizer = torch.optim.AdamW(
         [
             {
-                "params": [p for p in model.parameters() if p.ndim >= 2],
+                "params": [p for p in trained.values() if p.ndim >= 2],
                 "weight_decay": values["optimizer"]["weight_decay"],
             },
-            {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+            {"params": [p for p in trained.values() if p.ndim < 2], "weight_decay": 0.0},
         ],
         lr=values["optimizer"]["learning_rate"],
         betas=(0.9, 0.95),
@@ -67,7 +76,7 @@ def reference_run(store, values, initial_model):
         optimizer.step()
         optimizer.zero_grad()
         found.append(float(loss.detach()))
-    return found, {name: parameter.detach().numpy().ravel() for name, parameter in model.named_parameters()}
+    return found, {name: parameter.detach().numpy().ravel() for name, parameter in trained.items()}
 
 
 @pytest.fixture(scope="module")
@@ -180,3 +189,71 @@ def test_bfloat16_trains_with_fp32_masters(tmp_path, two_ranks, store, baseline)
     assert losses(tmp_path / "run")[0] == pytest.approx(losses(baseline)[0], rel=2e-2)
     manifest = json.loads((find_checkpoint(tmp_path / "run") / "MANIFEST.json").read_text())
     assert {entry["dtype"] for entry in manifest["parameters"].values()} == {"bfloat16"}
+
+
+LORA = {"rank": 4, "alpha": 16.0}
+
+
+class LowRank(torch.nn.Module):
+    """The weight of an adapted map as its formula says: W + alpha / rank * B A."""
+
+    def __init__(self, down, up):
+        super().__init__()
+        self.down, self.up = torch.nn.Parameter(down), torch.nn.Parameter(up)
+
+    def forward(self, weight):
+        return weight + LORA["alpha"] / LORA["rank"] * self.up @ self.down
+
+
+def adapt(model):
+    """Plain torch LoRA on all linear maps but the head; only the first A are ours."""
+    drawn = copy.deepcopy(model)
+    names = add_adapters(drawn, Lora(**LORA), seed=3)
+    assert len(names) == 14
+    model.requires_grad_(False)
+    for name in names:
+        linear = model.get_submodule(name)
+        first = drawn.get_submodule(name).lora_A.weight.detach().clone()
+        low_rank = LowRank(first, torch.zeros(linear.out_features, LORA["rank"]))
+        parametrize.register_parametrization(linear, "weight", low_rank)
+        linear.parametrizations.weight.original.requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def lora_baseline(tmp_path_factory, one_rank, store):
+    """The LoRA run that all others are compared with."""
+    run = tmp_path_factory.mktemp("lora-baseline") / "run"
+    values = settings(run, store.path, train__micro_batch_size=4, model__lora=LORA)
+    assert one_rank.run(TRAIN, values=values) == [None]
+    return run
+
+
+def test_lora_equals_plain_torch_and_starts_as_the_base(store, baseline, lora_baseline):
+    values = settings(lora_baseline, store.path)
+    expected, weights = reference_run(store, values, lora_baseline / "initial-model", adapt)
+    assert losses(lora_baseline)[0] == losses(baseline)[0]
+    assert np.abs(np.array(losses(lora_baseline)) - expected).max() <= TOLERANCE
+    masters = gathered(lora_baseline)
+    assert len(masters) == 3 * len(weights) == 3 * 28
+    for name, weight in weights.items():
+        ours = name.replace("parametrizations.weight.0.down", "lora_A.weight")
+        ours = ours.replace("parametrizations.weight.0.up", "lora_B.weight")
+        assert np.abs(masters[f"master {ours}"] - weight).max() <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("ranks", "changes"),
+    [
+        (1, {"engine__deepspeed": "zero3", "model__gradient_checkpointing": True}),
+        (2, {"engine__deepspeed": "zero1"}),
+        (2, {"engine__deepspeed": "zero2", "train__micro_batch_size": 1, "model__gradient_checkpointing": True}),
+        (2, {"engine__deepspeed": "zero3"}),
+        (2, {"engine__deepspeed": "zero3-offload-cpu", "model__gradient_checkpointing": True}),
+    ],
+)
+def test_every_split_of_a_lora_run_gives_the_same(ranks, changes, request, tmp_path, store, lora_baseline):
+    pool = request.getfixturevalue("one_rank" if ranks == 1 else "two_ranks")
+    values = settings(tmp_path / "run", store.path, model__lora=LORA, **changes)
+    assert pool.run(TRAIN_BESIDE_BASE, values=values) == [None] * ranks
+    assert np.abs(np.subtract(losses(tmp_path / "run"), losses(lora_baseline))).max() <= TOLERANCE
+    assert largest_difference(tmp_path / "run", lora_baseline) <= TOLERANCE

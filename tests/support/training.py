@@ -87,6 +87,33 @@ def train(
     return None
 
 
+def train_beside_base(world: Any, kind: str, values: dict[str, Any]) -> str | None:
+    """Case: as `train` for a LoRA run; at its end the live base model is compared with its file, bit by bit."""
+    import deepspeed
+    import torch
+    from safetensors.torch import load_file
+
+    from trainer.checkpoint.capture import RunSaver
+
+    original, problems = RunSaver.finish, ["the run never saved"]
+
+    def finish(self: RunSaver, state: Any, metrics: dict[str, float]) -> Any:
+        engine = self.capture.engine
+        stored = load_file(Path(values["run"]["dir"]) / "initial-model/model.safetensors")
+        base = {name: p for name, p in engine.language_model.named_parameters() if not p.requires_grad}
+        assert base.keys() == stored.keys()
+        assert not base.keys() & engine.saved_parameters().keys()
+        with deepspeed.zero.GatheredParameters(list(base.values())):
+            problems[:] = [name for name, parameter in base.items() if not torch.equal(parameter, stored[name])]
+        return original(self, state, metrics)
+
+    RunSaver.finish = finish  # type: ignore[method-assign]
+    try:
+        return train(world, kind, values) or next(iter(problems), None)
+    finally:
+        RunSaver.finish = original  # type: ignore[method-assign]
+
+
 def train_poisoned(world: Any, kind: str, values: dict[str, Any], rank: int, steps: list[int]) -> str | None:
     """Case: as `train`, but the loss of `rank` is NaN in the given steps (one micro-batch a step)."""
     from trainer.engine.deepspeed_engine import DeepSpeedEngine

@@ -102,11 +102,7 @@ def test_gpu_only_options_are_refused_on_a_cpu_and_accepted_on_a_gpu(content: di
 @pytest.mark.parametrize(
     ("content", "fragment"),
     [
-        ({"offload_param": {"device": "nvme", "nvme_path": "/x"}}, "offload_param.device is nvme; NVMe offload"),
-        (
-            {"offload_optimizer": {"device": "nvme", "nvme_path": "/x"}},
-            "offload_optimizer.device is nvme; NVMe offload",
-        ),
+        ({"offload_optimizer": {"device": "nvme", "pipeline_write": True}}, "offload_optimizer.pipeline_write = True"),
         ({"offload_optimizer": {"device": "cpu", "ratio": 0.5}}, "zero_optimization.offload_optimizer.ratio = 0.5"),
         ({"offload_optimizer": {"device": "cpu", "super_offload": True}}, "offload_optimizer.super_offload = True"),
         ({"zero_hpz_partition_size": 2}, "zero_optimization.zero_hpz_partition_size = 2"),
@@ -124,6 +120,42 @@ def test_what_checkpoints_cannot_hold_is_refused_on_any_device(
     (problem,) = lint(settings, "mine.json", device)
     assert fragment in problem
     assert "checkpoints cannot" in problem
+
+
+@pytest.mark.parametrize(
+    ("zero", "fragment"),
+    [
+        (
+            {"stage": 3, "offload_param": {"device": "nvme"}},
+            "offload_param.device is nvme, which works for the optimizer",
+        ),
+        (
+            {"stage": 2, "offload_optimizer": {"device": "nvme"}},
+            "offload_optimizer.device is nvme, which needs stage 3",
+        ),
+    ],
+)
+def test_nvme_is_for_the_optimizer_of_stage_3(zero: dict[str, Any], fragment: str) -> None:
+    (problem,) = lint({"zero_optimization": zero}, "mine.json", "cuda")
+    assert fragment in problem
+
+
+def test_swap_files_lie_in_a_directory_of_the_runs_own(tmp_path: Path) -> None:
+    def compiled(run: str, **engine: str) -> str:
+        values = {"run": {"dir": run}, "model": {"path": "m"}, "data": {"train": "s"}, "train": {"max_steps": 1}}
+        config = Config.model_validate(values | {"engine": {"deepspeed": "zero3-offload-nvme", **engine}})
+        found = compile_deepspeed(config, world_size=1, accumulation_steps=1, device="cuda")
+        return str(found["zero_optimization"]["offload_optimizer"]["nvme_path"])
+
+    first, second = (compiled(run, nvme_path=str(tmp_path)) for run in ("runs/a", "runs/b"))
+    assert first != second
+    assert Path(first).parent == Path(second).parent == tmp_path
+    assert compiled("runs/a", nvme_path=str(tmp_path)) == first
+    with pytest.raises(ConfigError) as refused:
+        compiled("runs/a")
+    assert refused.value.problems == [
+        "engine.deepspeed: zero3-offload-nvme offloads to nvme: set engine.nvme_path to a local directory"
+    ]
 
 
 def test_the_harmless_values_of_such_keys_are_accepted() -> None:

@@ -31,7 +31,7 @@ def steadfast(*words: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_files_others_rely_on_are_there() -> None:
     assert ROOT / "configs" / "tiny.yaml" in RECIPES
-    assert {path.stem for path in DEEPSPEED} == {"zero1", "zero2", "zero3", "zero3-offload-cpu"}
+    assert {path.stem for path in DEEPSPEED} == {"zero1", "zero2", "zero3", "zero3-offload-cpu", "zero3-offload-nvme"}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)

@@ -387,7 +387,7 @@ def test_the_size_of_a_checkpoint_before_there_is_one(tmp_path: Path) -> None:
     model = tmp_path / "model"
     model.mkdir()
     header = json.dumps({
-        "__metadata__": {"format": "pt"}, "a": {"dtype": "BF16", "shape": [10, 20], "data_offsets": [0, 400]},
+        "__metadata__": {"format": "pt"}, "a.weight": {"dtype": "BF16", "shape": [10, 20], "data_offsets": [0, 400]},
         "b": {"dtype": "BF16", "shape": [7], "data_offsets": [400, 414]},
     }).encode()  # fmt: skip
     (model / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(414))
@@ -395,6 +395,10 @@ def test_the_size_of_a_checkpoint_before_there_is_one(tmp_path: Path) -> None:
         ROOT / "configs" / "tiny.yaml", [f"run.dir={tmp_path}", "model.config=null", f"model.path={model}"]
     )
     assert expect.checkpoint_bytes(tuned) == (12 * 207, "207 parameters")
+    words = [f"run.dir={tmp_path}", "model.config=null", f"model.path={model}", "model.lora.rank=3"]
+    for targets, parameters in (("all-linear", 90), ("[a]", 90), ("[b]", 0)):
+        adapted = load_config(ROOT / "configs" / "tiny.yaml", [*words, f"model.lora.targets={targets}"])
+        assert expect.checkpoint_bytes(adapted) == (12 * parameters, f"{parameters} parameters")
     assert expect.checkpoint_seconds(config) is None
     (tmp_path / "events.jsonl").write_text(
         '{"event":"commit","step":1,"seconds":3.5}\n{"event":"commit","step":2,"seconds":4.5}\n{"event":"stop"}\n'

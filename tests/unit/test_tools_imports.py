@@ -15,6 +15,8 @@ FORMATS = {
     "trainer.names",
     "trainer.tensor_file",
     "trainer.orphans",  # an engine dies with its gateway
+    "trainer.adapter_file",
+    "trainer.weight_files",
     "trainer.data.encode.rendering",  # chat templates are rendered in one way only
     "trainer.checkpoint.slices",
     "trainer.checkpoint.verify",
@@ -22,9 +24,10 @@ FORMATS = {
     "trainer.model.remote_code",  # code of a model runs in one way only
 }
 FILES = [
-    *(ROOT / "tools" / f"{name}.py" for name in ("artefact", "chat", "eval", "export", "int8", "models", "proof")),
-    *(ROOT / "tools" / f"{name}.py" for name in ("quantize", "serve", "verify", "diff", "merge", "push", "signing")),
+    *(ROOT / "tools" / f"{name}.py" for name in ("adapter", "artefact", "chat", "eval", "export", "int8", "models")),
+    *(ROOT / "tools" / f"{name}.py" for name in ("proof", "quantize", "serve", "verify", "diff", "merge", "push")),
     *(ROOT / "tools" / f"{name}.py" for name in ("checkpoint_tensors", "export_proof", "model_card", "model_tensors")),
+    ROOT / "tools" / "signing.py",
     # The cluster application alone is about Ray.
     *(file for file in (ROOT / "tools" / "serving").glob("*.py") if file.name != "ray_app.py"),
 ]

@@ -128,12 +128,13 @@ class Capture:
                 "dtype": str(parameter.dtype).removeprefix("torch."),
                 **({} if parameter.requires_grad else {"frozen": True}),
             }
-            for name, parameter in self.engine.language_model.named_parameters()
+            for name, parameter in self.engine.saved_parameters().items()
         }
 
     @cached_property
     def _tied(self) -> dict[str, str]:
-        return tied_names(self.engine.language_model)
+        saved = self.engine.saved_parameters()
+        return {alias: owner for alias, owner in tied_names(self.engine.language_model).items() if owner in saved}
 
     @cached_property
     def _buffers(self) -> dict[str, torch.Tensor]:

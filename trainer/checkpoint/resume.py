@@ -100,7 +100,7 @@ class Restorer:
             feed.load_state_dict(body["feed"])
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise damaged(path, "state.json is not what this version writes") from error
-        _refuse_other_parameters(path, reader, engine.language_model)
+        _refuse_other_parameters(path, reader, engine.saved_parameters())
         with torch.no_grad():
             for piece in engine.held_slices():
                 for kind, tensor in piece.tensors.items():
@@ -117,8 +117,7 @@ class Restorer:
         return state
 
 
-def _refuse_other_parameters(path: Path, reader: SliceReader, model: Any) -> None:
-    parameters = dict(model.named_parameters())
+def _refuse_other_parameters(path: Path, reader: SliceReader, parameters: dict[str, Any]) -> None:
     shapes = {name: true_shape(parameter) for name, parameter in parameters.items()}
     if shapes != reader.parameters:
         other = min(set(shapes.items()) ^ set(reader.parameters.items()))

@@ -13,7 +13,7 @@ import os
 import sys
 
 from trainer.config.arguments import add_config_arguments
-from trainer.config.deepspeed import accumulation_steps, check_deepspeed, compile_deepspeed
+from trainer.config.deepspeed import accumulation_steps, check_deepspeed, check_swap_place, compile_deepspeed
 from trainer.config.device import Device, device_warnings, guess_device
 from trainer.config.explain import explain, explanations, json_schema
 from trainer.config.load import config_as_yaml, load_config, named_deepspeed
@@ -64,6 +64,7 @@ def _check(arguments: argparse.Namespace) -> int:
     try:
         config = load_config(arguments.config, arguments.overrides)
         sys.stderr.writelines(f"{warning}\n" for warning in device_warnings(config, device))
+        problems = check_swap_place(config)
     except ConfigError as error:
         problems = error.problems
     deepspeed = named_deepspeed(arguments.config, arguments.overrides)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import hashlib
 import json
 import math
 import sys
@@ -84,6 +85,14 @@ def check_deepspeed(name_or_path: str, device: Device) -> list[str]:
     return lint(settings, place_of(name_or_path), device)
 
 
+def check_swap_place(config: Config) -> list[str]:
+    """What is wrong with where optimizer state is swapped to; never raises, an unreadable JSON is named elsewhere."""
+    try:
+        return _swap_problems(config, load_deepspeed_json(config.engine.deepspeed))
+    except ConfigError:
+        return []
+
+
 def micro_batches(rows: int, micro_batch_size: int, world_size: int) -> int:
     """Micro-batches of every rank when `rows` rows are dealt out over all ranks, rounded up.
 
@@ -116,6 +125,8 @@ def compile_deepspeed(
     compiled["zero_optimization"] = _resolved(
         compiled["zero_optimization"], "zero_optimization", device=device, hidden_size=hidden_size
     )
+    if swaps_optimizer(compiled):
+        compiled["zero_optimization"]["offload_optimizer"]["nvme_path"] = _swap_directory(config, settings)
     precision = settings.get("bf16")
     compiled["bf16"] = {
         **(precision if isinstance(precision, dict) else {}),
@@ -141,6 +152,27 @@ def zero_stage(settings: dict[str, Any]) -> int:
 def offloads_optimizer(settings: dict[str, Any]) -> bool:
     """Whether optimizer states live in the memory of the host; `settings` is what `compile_deepspeed` made."""
     return _value(settings, "zero_optimization.offload_optimizer.device") not in (None, "none")
+
+
+def swaps_optimizer(settings: dict[str, Any]) -> bool:
+    """Whether optimizer states live in files on a local disk; `settings` is what `compile_deepspeed` made."""
+    return bool(_value(settings, "zero_optimization.offload_optimizer.device") == "nvme")
+
+
+def _swap_problems(config: Config, settings: dict[str, Any]) -> list[str]:
+    place = config.engine.nvme_path or _value(settings, "zero_optimization.offload_optimizer.nvme_path")
+    if place or not swaps_optimizer(settings):
+        return []
+    return [f"engine.deepspeed: {config.engine.deepspeed} offloads to nvme: set engine.nvme_path to a local directory"]
+
+
+def _swap_directory(config: Config, settings: dict[str, Any]) -> str:
+    """A directory of this run's own below engine.nvme_path or the JSON's: DeepSpeed names swap files by rank only."""
+    if problems := _swap_problems(config, settings):
+        raise ConfigError(problems)
+    place = config.engine.nvme_path or _value(settings, "zero_optimization.offload_optimizer.nvme_path")
+    own = hashlib.sha256(str(Path(config.run.dir).absolute()).encode()).hexdigest()[:12]
+    return str(Path(place).absolute() / f"steadfast-{own}")
 
 
 def _is_path(name_or_path: str) -> bool:
@@ -245,12 +277,11 @@ def _meaning_problems(settings: dict[str, Any], place: str) -> list[str]:
         where = _value(settings, f"{section}.device")
         if where is None and _value(settings, section):
             problems.append(f"{place}: {section}.device is missing; give cpu or none")
-        elif where == "nvme":
-            problems.append(
-                f"{place}: {section}.device is nvme; NVMe offload is not supported yet: checkpoints cannot read "
-                "swapped state; give cpu or none"
-            )
-        elif where not in (None, "none", "cpu"):
+        elif where == "nvme" and what == "param":
+            problems.append(f"{place}: {section}.device is nvme, which works for the optimizer only; give cpu or none")
+        elif where == "nvme" and stage in (1, 2):
+            problems.append(f"{place}: {section}.device is nvme, which needs stage 3; give cpu or none")
+        elif where not in (None, "none", "cpu", "nvme"):
             problems.append(f"{place}: {section}.device must be cpu or none (got {where!r})")
         elif where == "cpu" and what == "param" and stage in (1, 2):
             problems.append(f"{place}: {section} needs stage 3; DeepSpeed would ignore it at stage {stage}")

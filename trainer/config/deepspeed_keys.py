@@ -215,6 +215,8 @@ AUTO: dict[str, Callable[[int | None], int]] = {
 UNSAVED: dict[str, tuple[float, ...]] = {
     "zero_optimization.offload_optimizer.ratio": (1,),
     "zero_optimization.offload_optimizer.super_offload": (False,),
+    "zero_optimization.offload_optimizer.pipeline_read": (False,),
+    "zero_optimization.offload_optimizer.pipeline_write": (False,),
     "zero_optimization.zero_hpz_partition_size": (0, 1),
     "zero_optimization.zenflow": (False,),
     "data_types.grad_accum_dtype": (),

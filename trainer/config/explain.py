@@ -16,6 +16,7 @@ EXAMPLES: dict[str, Any] = {
     "model.path": "models/qwen-7b",
     "model.config": {"model_type": "llama", "hidden_size": 128},
     "model.trainable": ["lm_head.*", "model.layers.3.*"],
+    "model.lora": {"rank": 16},
     "data.train": "stores/train",
     "data.eval": "stores/eval",
     "data.sequence_length": 4096,
@@ -27,6 +28,7 @@ EXAMPLES: dict[str, Any] = {
     "data.shuffle_blocks": 16,
     "data.cache_dir": "/scratch/steadfast",
     "train.max_steps": 1000,
+    "engine.nvme_path": "/local_nvme",
     "checkpoint.upload": "s3://bucket/mine",
 }
 _BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}

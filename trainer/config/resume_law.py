@@ -32,6 +32,7 @@ LAW: dict[str, Change] = {
     "model.dtype": "tunable",
     "model.gradient_checkpointing": "free",
     "model.trainable": "identity",
+    "model.lora": "identity",
     "model.attention": "free",
     "data.train": "free",  # what it holds is compared as `data`, `tokenizer` and `template`
     "data.eval": "tunable",
@@ -61,6 +62,7 @@ LAW: dict[str, Change] = {
     "schedule.warmup_steps": "tunable",
     "schedule.final_ratio": "tunable",
     "engine.deepspeed": "free",  # any ZeRO stage and offload reads any checkpoint
+    "engine.nvme_path": "free",
     "engine.timeout_seconds": "free",
     "engine.hang_seconds": "free",
     "checkpoint.every_steps": "free",
@@ -81,6 +83,7 @@ FINGERPRINTS: dict[str, str] = {
     "template": "chat template that data.train was built with",
     "architecture": "settings of config.json in model.path",
     "code": "Python files of model.path that --trust-remote-code allowed to run",
+    "base": "contents of the weight files of the base model, which under LoRA is in no checkpoint",
     "by_source": "whether every row holds documents of one source only, as the store was built or a mixture needs",
 }
 """What is compared beside the keys: by content, wherever it lies."""
@@ -100,7 +103,7 @@ def check_allowed(names: Sequence[str]) -> tuple[str, ...]:
     """`names` of `--allow-change`; UsageError for one that is no identity key, because nothing would be allowed."""
     identity = [key for key, change in LAW.items() if change == "identity"] + list(FINGERPRINTS)
     for name in names:
-        if name in identity or name.startswith(("model.config.", "architecture.")):
+        if name in identity or name.startswith(("model.config.", "model.lora.", "architecture.")):
             continue
         if name in LAW:
             raise UsageError(f"--allow-change {name!r}: a resumed run takes a new {name} without asking", "drop it")

@@ -40,6 +40,9 @@ def _count_or_auto(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
 CountOrAuto = Annotated[Count | Literal["auto"], WrapValidator(_count_or_auto)]
 
 
+LORA_LEARNING_RATE = 2e-4
+
+
 class Section(BaseModel):
     """A part of the configuration: unknown keys are refused, values never change after loading."""
 
@@ -58,6 +61,29 @@ class Run(Section):
     0600): it holds weights and, in its ledgers, parts of the data."""
 
 
+def _names_or_all(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    try:
+        return check(value)
+    except ValidationError as error:
+        raise ValueError("model.lora.targets should be all-linear or a list of names, e.g. [q_proj, v_proj]") from error
+
+
+NamesOrAll = Annotated[Literal["all-linear"] | Annotated[list[str], Field(min_length=1)], WrapValidator(_names_or_all)]
+
+
+class Lora(Section):
+    """A low-rank adapter beside the frozen weights of the base model (LoRA)."""
+
+    rank: Count = 16
+    """Rank of the adapter."""
+    alpha: PositiveFloat = 32.0
+    """The adapter's part of the output is multiplied by alpha / rank."""
+    dropout: Annotated[float, Strict(), Field(ge=0, lt=1, allow_inf_nan=False)] = 0.0
+    """Share of the adapter's inputs that are dropped while training."""
+    targets: NamesOrAll = "all-linear"
+    """Linear maps that get an adapter: all-linear (every one but the head), or ends of their names, e.g. [q_proj]."""
+
+
 class Model(Section):
     """Which model is trained. Give `path` (a local Hugging Face directory) or `config` (from scratch), not both."""
 
@@ -72,6 +98,9 @@ class Model(Section):
     """Recompute activations in the backward pass: much less memory, about a third more compute."""
     trainable: Annotated[list[str], Field(min_length=1)] | None = None
     """Train only the parameters whose names match one of these shell patterns; default: all."""
+    lora: Lora | None = None
+    """Train a LoRA adapter and leave the model as it is; checkpoints hold the adapter only. {} takes the defaults:
+    {rank: 16, alpha: 32, dropout: 0, targets: all-linear}; targets may be ends of names, e.g. [q_proj, v_proj]."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention implementation. Whatever is chosen, training starts only if packed samples cannot see each other."""
 
@@ -81,6 +110,8 @@ class Model(Section):
             raise ValueError("give exactly one of model.path (a local directory) and model.config (from scratch)")
         if self.config is not None and "model_type" not in self.config:
             raise ValueError("model.config needs model_type, e.g. llama")
+        if self.lora is not None and self.trainable is not None:
+            raise ValueError("give model.lora or model.trainable, not both: under LoRA the adapter alone is trained")
         return self
 
 
@@ -146,7 +177,7 @@ class Optimizer(Section):
     type: Literal["adamw"] = "adamw"
     """Optimizer."""
     learning_rate: PositiveFloat = 1e-5
-    """Peak learning rate."""
+    """Peak learning rate; with model.lora the default is 2e-4."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay of matrices."""
     beta1: Fraction = 0.9
@@ -200,6 +231,8 @@ class Engine(Section):
 
     deepspeed: str = "zero2"
     """A file of configs/ds/ by name (zero1, zero2, zero3, zero3-offload-cpu, ...) or a path to a DeepSpeed JSON."""
+    nvme_path: str | None = None
+    """Directory on a local disk of each node for optimizer state that engine.deepspeed offloads to nvme."""
     timeout_seconds: Count = 600
     """Bound on every wait for other ranks: a lost or stuck rank ends the run after this time."""
     hang_seconds: Count | None = None
@@ -268,3 +301,14 @@ class Config(Section):
     checkpoint: Checkpoint = Checkpoint()
     evaluate: Evaluate = Evaluate()
     logging: Logging = Logging()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rate_of_lora(cls, values: Any) -> Any:
+        # An adapter learns at ten to twenty times the rate of the weights themselves; 1e-5 would leave it near zero.
+        if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
+            return values
+        optimizer = values.get("optimizer", {})
+        if values["model"].get("lora") is None or not isinstance(optimizer, dict):
+            return values
+        return {**values, "optimizer": {"learning_rate": LORA_LEARNING_RATE, **optimizer}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from typing import get_args
 
 from pydantic.fields import FieldInfo
 
@@ -75,6 +76,15 @@ NEAR_WORDS: dict[str, str] = {
     "save_total_limit": "checkpoint.keep",
     "async_save": "checkpoint.asynchronous",
     "freeze": "model.trainable",
+    "adapter": "model.lora",
+    "peft": "model.lora",
+    "lora_r": "model.lora",
+    "lora_rank": "model.lora",
+    "lora_alpha": "model.lora",
+    "lora_dropout": "model.lora",
+    "lora_target": "model.lora",
+    "lora_target_modules": "model.lora",
+    "target_modules": "model.lora",
     "eval_steps": "evaluate.every_steps",
     "logging_steps": "logging.every_steps",
     "log_every": "logging.every_steps",
@@ -118,6 +128,10 @@ def hint(unknown: str, schema: type[Section] = Config) -> str:
     word = last.strip().lower().replace("-", "_")
     if word in NOT_KEYS:
         return NOT_KEYS[word]
+    if (block := _blocks(schema).get(".".join(prefix))) is not None:
+        close = difflib.get_close_matches(word, block.model_fields, n=1)
+        known = ", ".join(block.model_fields)
+        return f"did you mean '{'.'.join([*prefix, *close])}'?" if close else f"keys of {'.'.join(prefix)}: {known}"
     near = NEAR_WORDS.get(word)
     found = near if near in keys(schema) else _similar(word, prefix[0] if prefix else "", schema)
     if found is not None:
@@ -126,6 +140,16 @@ def hint(unknown: str, schema: type[Section] = Config) -> str:
         return f"keys of {prefix[0]}: {', '.join(sections(schema)[prefix[0]].model_fields)}"
     alone = [key for key in keys(schema) if "." not in key]
     return f"{'keys' if alone else 'sections'}: {', '.join([*alone, *sections(schema)])}"
+
+
+def _blocks(schema: type[Section]) -> dict[str, type[Section]]:
+    """Keys whose value is itself a mapping of known keys."""
+    return {
+        key: choice
+        for key, field in keys(schema).items()
+        for choice in get_args(field.annotation)
+        if isinstance(choice, type) and issubclass(choice, Section)
+    }
 
 
 def _similar(word: str, section: str, schema: type[Section]) -> str | None:

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trainer.config.deepspeed import offloads_optimizer, zero_stage
+from trainer.config.deepspeed import offloads_optimizer, swaps_optimizer, zero_stage
 from trainer.data.micro_batch import MicroBatch
-from trainer.engine import partitions
-from trainer.engine.device import DeviceType, adamw
+from trainer.engine import partitions, swapping
+from trainer.engine.device import DeviceType, adamw, require_asynchronous_io
 from trainer.engine.partitions import OwnedSlice
 from trainer.optim.groups import decay_groups
 
@@ -56,6 +56,7 @@ class DeepSpeedEngine:
     """A wrapped model with its ZeRO optimizer. All ranks construct it together and call every method in step.
 
     `model` is a SupervisedLanguageModel; `share_of_peak` maps the number of applied steps to a share of the peak rate.
+    Without `saves_frozen` the frozen parameters are those of a base model that lies elsewhere: no checkpoint has them.
     """
 
     def __init__(
@@ -65,12 +66,15 @@ class DeepSpeedEngine:
         *,
         optimizer_settings: dict[str, Any],
         weight_decay: float,
+        saves_frozen: bool,
         share_of_peak: Callable[[int], float],
         device: torch.device,
         kind: DeviceType,
     ) -> None:
         import deepspeed
 
+        if swaps_optimizer(deepspeed_config):
+            require_asynchronous_io()
         offloaded = offloads_optimizer(deepspeed_config)
         # Built per engine: ZeRO takes the groups apart.
         optimizer = adamw(decay_groups(model, weight_decay), optimizer_settings, kind, offloaded)
@@ -85,6 +89,7 @@ class DeepSpeedEngine:
         )
         self._ranks = torch.distributed.get_world_size()
         self._supervised: Any = self._engine.module
+        self._saves_frozen = saves_frozen
         self._watched_ids: np.ndarray[Any, np.dtype[np.int64]] | None = None
         self._watch = 0
 
@@ -148,17 +153,28 @@ class DeepSpeedEngine:
             return None
         return self._watched_ids, self._supervised.kept_logits
 
+    def saved_parameters(self) -> dict[str, Any]:
+        """See SavableEngine.saved_parameters."""
+        return {
+            name: parameter
+            for name, parameter in self.language_model.named_parameters()
+            if parameter.requires_grad or self._saves_frozen
+        }
+
     def owned_slices(self) -> list[OwnedSlice]:
         """See SavableEngine.owned_slices."""
-        partitions.create_moments(self._zero)
-        trained = partitions.owned_slices(self.language_model, self._zero)
-        return [*trained, *partitions.frozen_slices(self.language_model, whole=False)]
+        return self._slices(whole_frozen=False)
 
     def held_slices(self) -> list[OwnedSlice]:
         """See SavableEngine.held_slices."""
+        return self._slices(whole_frozen=True)
+
+    def _slices(self, *, whole_frozen: bool) -> list[OwnedSlice]:
         partitions.create_moments(self._zero)
-        trained = partitions.owned_slices(self.language_model, self._zero)
-        return [*trained, *partitions.frozen_slices(self.language_model, whole=True)]
+        found = list(partitions.owned_slices(self.language_model, self._zero))
+        if self._saves_frozen:
+            found += partitions.frozen_slices(self.language_model, whole=whole_frozen)
+        return found
 
     def counters(self) -> dict[str, Any]:
         """Optimizer step count and schedule state: plain values for a checkpoint."""
@@ -183,6 +199,7 @@ class DeepSpeedEngine:
     def close(self) -> None:
         """Free the engine's buffers and hooks; the process can build another engine afterwards."""
         self._engine.destroy()
+        swapping.remove_files(self._zero)
 
     def _tensors(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
         def move(array: Any) -> Tensor:

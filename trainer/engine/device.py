@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
-from trainer.errors import UsageError
+from trainer.errors import ConfigError, UsageError
 
 DeviceType = Literal["cpu", "cuda"]
 
@@ -106,6 +106,19 @@ def adamw(groups: Sequence[dict[str, Any]], settings: dict[str, Any], kind: Devi
     import torch
 
     return torch.optim.AdamW(groups, fused=kind == "cuda", **settings)
+
+
+def require_asynchronous_io() -> None:
+    """Raise ConfigError where DeepSpeed cannot build its reader and writer of swap files (a matter of some minutes)."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        raise ConfigError(
+            [
+                "engine.deepspeed: offload to nvme needs libaio and a C++ compiler, which this host lacks; install "
+                "libaio-dev (libaio-devel) and g++, or offload to the cpu"
+            ]
+        )
 
 
 def generator_states(kind: DeviceType) -> dict[str, Any]:

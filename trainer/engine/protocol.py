@@ -43,6 +43,9 @@ class SavableEngine(Engine, Protocol):
     def language_model(self) -> Any:
         """The transformers model, with its own parameter names (sharded under ZeRO-3)."""
 
+    def saved_parameters(self) -> dict[str, Any]:
+        """The parameters that checkpoints hold, by name in model order: all, or under LoRA those of the adapter."""
+
     def owned_slices(self) -> list[OwnedSlice]:
         """Live views of what this rank saves: master weights, moments, its share of frozen weights; not collective."""
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-import json
 import re
 import shutil
 from collections.abc import Sequence
@@ -18,8 +17,8 @@ from typing import Any
 from trainer.config.schema import Model
 from trainer.durable import present_umask, write_errors
 from trainer.errors import CannotWriteError, ConfigError, DataError, MissingInputError
-from trainer.names import is_plain_name
 from trainer.tensor_file import TensorFile
+from trainer.weight_files import weight_files
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 ALWAYS_KNOWN = {"rope_theta", "rope_scaling", "model_type"}
@@ -117,6 +116,15 @@ def train_only(network: Any, patterns: Sequence[str] | None) -> None:
         parameter.requires_grad_(any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))
 
 
+def trainable_share(network: Any) -> tuple[int, int]:
+    """(trained elements, all elements) of the network's parameters, whole ones also where they are sharded."""
+    sizes = [
+        (parameter.requires_grad, getattr(parameter, "ds_numel", parameter.numel()))
+        for parameter in network.parameters()
+    ]
+    return sum(size for trained, size in sizes if trained), sum(size for _, size in sizes)
+
+
 def check_inventory(path: Path) -> None:
     """Refuse a directory whose stored tensors are not, in name and shape, those of the model config.json describes.
 
@@ -164,24 +172,9 @@ def check_inventory(path: Path) -> None:
 
 def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Name to shape of all tensors in the directory's safetensors files, read from their headers."""
-    index = path / "model.safetensors.index.json"
-    single = path / "model.safetensors"
-    if index.is_file():
-        try:
-            files = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-            raise DataError(f"{index} is not readable", "download the model again") from error
-    elif single.is_file():
-        files = [single.name]
-    else:
-        raise MissingInputError(f"{path} has no safetensors weights", "convert the model to safetensors first")
     shapes: dict[str, tuple[int, ...]] = {}
-    for file in files:
-        if not is_plain_name(file):
-            raise DataError(f"{index} names the file {file!r}", "weights lie beside their index")
-        if not (path / file).is_file():
-            raise MissingInputError(f"{path} lacks {file}", "the download is incomplete: fetch it again")
-        shapes |= {name: entry.shape for name, entry in TensorFile(path / file).entries.items()}
+    for file in weight_files(path):
+        shapes |= {name: entry.shape for name, entry in TensorFile(file).entries.items()}
     return shapes
 
 
