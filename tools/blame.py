@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainer.config.arguments import add_trust_argument
 from trainer.errors import DataError, MissingInputError, UsageError
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--documents", type=int, default=MOST_DOCUMENTS, metavar="N", help=f"most to replay (default {MOST_DOCUMENTS})"
     )
+    add_trust_argument(parser)
     parser.add_argument("--json", action="store_true", help="print everything as JSON, whole texts included")
 
 
@@ -79,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.documents < 1:
         raise UsageError(f"--documents {arguments.documents} is too few", "give 1 or more")
     quiet_transformers()
-    blame = blame_step(arguments.run_dir, arguments.step, arguments.documents)
+    blame = blame_step(arguments.run_dir, arguments.step, arguments.documents, arguments.trust_remote_code)
     if arguments.json:
         print(json.dumps(finite(asdict(blame)), ensure_ascii=False))
         return 0
@@ -101,23 +103,26 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def blame_step(run_dir: Path, step: int, most: int = MOST_DOCUMENTS) -> Blame:
-    """Replay `step` of a run.
+def blame_step(run_dir: Path, step: int, most: int = MOST_DOCUMENTS, trusted_code: str | None = None) -> Blame:
+    """Replay `step` of a run; `trusted_code` is the revision of the model's own code that may run.
 
     Raises:
+        UsageError: the model needs code of its own, and that is not the revision.
         MissingInputError: no run, or it has not made that step.
         DataError: the store has been built anew since.
     """
     from trainer.config.load import load_config
     from trainer.data.store import open_store
     from trainer.data.store.inspect import decoded_rows
-    from trainer.prepare import row_spec
+    from trainer.model.remote_code import trust_remote_code
+    from trainer.prepare import model_directory, row_spec
     from trainer.run_directory import RunDirectory
 
     run = RunDirectory(run_dir)
     if not run.config.is_file():
         raise MissingInputError(f"{run_dir} is no run directory: it has no config.yaml", "name one that has trained")
     config = load_config(run.config, [])
+    trust_remote_code(model_directory(config, run), trusted_code)
     rows = _rows_of(run, step)
     store = open_store(config.data.train)
     plan = store.plan(row_spec(config, store))

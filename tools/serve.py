@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainer.config.arguments import add_trust_argument
 from trainer.errors import Interrupted, MissingInputError, UsageError
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--request-seconds", type=float, default=600.0, metavar="S", help="bound on one answer; then 503"
     )
     parser.add_argument("--drain-seconds", type=float, default=30.0, metavar="S", help="bound on finishing at SIGTERM")
+    add_trust_argument(parser)
     parser.add_argument("--json", action="store_true", help="print the ready line as JSON")
 
 
@@ -95,20 +97,29 @@ def run(arguments: argparse.Namespace) -> int:
             f"set {KEY_VARIABLE} or listen on 127.0.0.1",
         )
     model = arguments.model.resolve()
-    _check_model(model)
-    wanted = Wanted(model, model.name, arguments.max_running, arguments.max_new_tokens, arguments.context)
+    _check_model(model, arguments.trust_remote_code)
+    wanted = Wanted(
+        model,
+        model.name,
+        arguments.max_running,
+        arguments.max_new_tokens,
+        arguments.context,
+        arguments.trust_remote_code,
+    )
     spec = choose_engine(arguments.engine, wanted, this_machine())
     return asyncio.run(_serve(arguments, spec, _Address(arguments.host, arguments.port, tuple(keys))))
 
 
-def _check_model(model: Path) -> None:
+def _check_model(model: Path, trusted_code: str | None) -> None:
     from tools.models import check_model_directory
+    from trainer.model.remote_code import checked_code
 
     if model.suffix == ".gguf":
         if not model.is_file():
             raise MissingInputError(f"{model} does not exist", "check the path")
         return
     check_model_directory(model)
+    checked_code(model, trusted_code)
 
 
 def is_loopback(host: str) -> bool:

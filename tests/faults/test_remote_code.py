@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.support.served import start
 from tests.support.training import LLAMA, settings
+from tools.blame import blame_step
 from tools.export import export_checkpoint
 from trainer.checkpoint.verify import find_checkpoint, read_manifest
 from trainer.config.schema import Model
@@ -81,6 +83,13 @@ def test_trained_resumed_and_exported(model, tmp_path, two_ranks, store):
     report = export_checkpoint(run, tmp_path / "out", trusted_code=revision)
     assert report.logit_max_diff == pytest.approx(0, abs=1e-5), "the exported network is another one"
     assert code_files(tmp_path / "out") == code_files(model)
+    with pytest.raises(UsageError, match=f"if you pass --trust-remote-code {revision}"):
+        blame_step(run, 1)
+    assert blame_step(run, 1, trusted_code=revision).loss == pytest.approx(first_loss(run), abs=1e-5)
+    server = start(tmp_path / "out", "--trust-remote-code", revision)
+    assert server.about["engine"] == "embedded"
+    server.process.terminate()
+    server.process.communicate()
 
     # The same network, but other code: never behind the back of the checkpoint.
     (model / "modeling_tiny.py").write_text(MODEL + "\n# changed\n")
@@ -91,6 +100,10 @@ def test_trained_resumed_and_exported(model, tmp_path, two_ranks, store):
     found = two_ranks.run(TRAIN, values=more, trusted_code=changed)
     assert all(error.startswith("76: ") and f"code: {revision} -> {changed}" in error for error in found)
     assert two_ranks.run(TRAIN, values=more, trusted_code=changed, allow_changes=["code"]) == [None, None]
+
+
+def first_loss(run: Path) -> float:
+    return float(json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["train/loss"])
 
 
 def test_without_the_flag_no_process_is_started(model, tmp_path, store):

@@ -1,6 +1,6 @@
 """The embedded engine as a process: an OpenAI server on loopback that only the gateway talks to.
 
-    python -m tools.serving.embedded MODEL --port P --max-running N --max-new-tokens N [--context N]
+    python -m tools.serving.embedded MODEL --port P --max-running N --max-new-tokens N [--context N] [...]
 
 It has a process of its own so that a crash takes no gateway along, and looks to the gateway like any other engine:
 GET /health, GET /v1/models, POST /v1/chat/completions and /v1/completions; for models with a head or a pooling of
@@ -33,6 +33,7 @@ from tools.serving.protocol import (
     parse_completion_request,
     usage,
 )
+from trainer.config.arguments import add_trust_argument
 from trainer.errors import SteadfastError
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def main() -> int:
     for name in ("port", "max-running", "max-new-tokens"):
         parser.add_argument(f"--{name}", type=int, required=True)
     parser.add_argument("--context", type=int)
+    add_trust_argument(parser)
     try:
         asyncio.run(_serve(parser.parse_args()))
     except SteadfastError as error:
@@ -89,7 +91,9 @@ def _load(arguments: argparse.Namespace) -> tuple[Service, dict[str, Any]]:
     from tools.models import is_quantized, load_model
     from tools.serving.engine import Engine
     from tools.serving.service import Service
+    from trainer.model.remote_code import trust_remote_code
 
+    trust_remote_code(arguments.model, arguments.trust_remote_code)
     model, tokenizer = load_model(arguments.model)
     engine = Engine(
         model, stop_ids(model, tokenizer), max_running=arguments.max_running, most_context=arguments.context

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.serving.heads import head_of
+from trainer.config.arguments import TRUST_REMOTE_CODE
 from trainer.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,6 +45,8 @@ class Wanted:
     max_running: int
     max_new_tokens: int
     context: int | None
+    trusted_code: str | None = None
+    """Revision of the model's own code that may run (`trainer.model.remote_code`)."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,9 @@ def choose_engine(engine: str, wanted: Wanted, machine: Machine) -> EngineSpec:
         raise UsageError(f"{wanted.model} is not a GGUF file, which llama.cpp needs", "quantize it to GGUF first")
     if engine != "embedded":
         _refuse_heads(engine, wanted)
+        if wanted.trusted_code is not None:
+            # They would import whatever lies there by the time they load it.
+            raise UsageError(f"{engine} cannot be bound to one revision of a model's code", "give --engine embedded")
     _refuse_hardware(engine, wanted.model, machine)
     return {
         "embedded": _embedded,
@@ -117,6 +123,8 @@ def _best(wanted: Wanted, machine: Machine, *, gguf: bool) -> tuple[str, str]:
         return "embedded", "int8 of steadfast quantize, which only the embedded engine reads"
     if head_of(wanted.model):
         return "embedded", "a model with a head, which is batched here"
+    if wanted.trusted_code is not None:
+        return "embedded", "a model with code of its own, which is pinned here"
     if machine.gpu:
         for name in ("vllm", "sglang"):
             if _command_of(name, machine):
@@ -176,6 +184,8 @@ def _chat_checks(wanted: Wanted) -> tuple[tuple[str, dict[str, Any]], ...]:
 def _embedded(wanted: Wanted, reason: str, machine: Machine) -> EngineSpec:
     head = head_of(wanted.model)
     extra = [] if wanted.context is None else ["--context", str(wanted.context)]
+    if wanted.trusted_code is not None:
+        extra += [TRUST_REMOTE_CODE, wanted.trusted_code]
 
     def command(port: int, key: str) -> list[str]:
         return [
