@@ -29,6 +29,7 @@ from trainer.config.arguments import add_trust_argument
 from trainer.errors import MissingInputError
 
 if TYPE_CHECKING:
+    from tools.artefact import Entry
     from tools.checkpoint_tensors import CheckpointTensors
     from tools.export_proof import Claim, Proof
     from trainer.adapter_file import AdapterConfig
@@ -156,24 +157,9 @@ def export_checkpoint(
     base is not there, CannotWriteError when `out` exists or its disk is too small, RunLockedError when another process
     writes it. After an error `out` does not exist.
     """
-    from tools import export_proof
-    from tools.adapter import find_base
-    from tools.artefact import (
-        copy_files,
-        describe,
-        new_directory,
-        refuse_existing,
-        tensor_bytes,
-        write_manifest,
-        write_shards,
-    )
-    from tools.checkpoint_tensors import open_adapter, open_checkpoint
+    from tools.artefact import new_directory, refuse_existing, tensor_bytes, write_manifest
     from tools.models import quiet_transformers
     from tools.signing import require_key, require_signing, sign
-    from trainer.adapter_file import CONFIG_NAME, STEM, read_adapter_config
-    from trainer.checkpoint.verify import MANIFEST_NAME, find_checkpoint, inspect_checkpoint, verify_checkpoint
-    from trainer.durable import write_file
-    from trainer.model.remote_code import trust_remote_code
 
     started = time.monotonic()
     refuse_existing(out)
@@ -183,58 +169,27 @@ def export_checkpoint(
     if not source.exists():
         raise MissingInputError(f"{source} does not exist", "give a run directory or one of its checkpoints")
     quiet_transformers()
-    checkpoint = find_checkpoint(source, verify_checkpoint if verify else inspect_checkpoint)
-    trust_remote_code(checkpoint / "model", trusted_code)
-    adapter, apart = read_adapter_config(checkpoint / "model"), lora == "apart"
-    if adapter is not None:
-        if verify or not apart:
-            base = find_base(checkpoint, adapter, base)
-        if base is not None:
-            adapter = replace(adapter, base=str(base.absolute()))
-    tensors = open_adapter(checkpoint, dtype) if apart else open_checkpoint(checkpoint, dtype, base)
-    manifest, model_files = tensors.reader.manifest, checkpoint / "model"
+    opened = _open(source, dtype, verify=verify, trusted_code=trusted_code, apart=lora == "apart", base=base)
+    tensors, manifest = opened.tensors, opened.tensors.reader.manifest
     recipe = {
-        "checkpoint": hashlib.sha256((checkpoint / MANIFEST_NAME).read_bytes()).hexdigest(),
+        "checkpoint": opened.manifest_sha256,
         "dtype": tensors.dtype,
         "max_shard_bytes": max_shard_bytes,
         "lora": lora,
     }
     with new_directory(out, tensor_bytes(tensors.plan), recipe) as building:
-        # peft reads one file.
-        stem, shard_bytes = (STEM, tensor_bytes(tensors.plan)) if apart else (MODEL_STEM, max_shard_bytes)
-        entries = write_shards(building, stem, tensors.plan, tensors.pieces, shard_bytes)
-        name, text = _adapter_config(adapter) if apart and adapter else _model_config(checkpoint, tensors)
-        own = {"config.json", CONFIG_NAME} | ({"generation_config.json"} if apart else set())
-        entries |= copy_files(sorted(path for path in model_files.iterdir() if path.name not in own), building)
-        write_file(building / name, text)
-        entries[name] = describe(building / name)
-        # checkpoints/step-... of a run: its configuration lies above. A checkpoint that was moved has none.
-        training_config = checkpoint.absolute().parent.parent / "config.yaml"
-        if training_config.is_file():
-            write_file(building / TRAINING_CONFIG, training_config.read_bytes())
-            entries[TRAINING_CONFIG] = describe(building / TRAINING_CONFIG)
+        entries = _write_model(building, opened, max_shard_bytes)
         proof = None
         if verify:
-            claim = export_proof.Claim(
-                str(building),
-                str(checkpoint.absolute()),
-                tensors.dtype,
-                dict(entries),
-                trusted_code=trusted_code,
-                base=None if base is None else str(base.absolute()),
-                apart=apart,
-            )
-            proof = (prove or export_proof.prove)(claim)
-            write_file(building / "proof.json", json.dumps(asdict(proof), indent=1) + "\n")
-            entries["proof.json"] = describe(building / "proof.json")
-        write_file(building / "README.md", _card(out.name, tensors, proof, adapter, apart=apart))
-        entries["README.md"] = describe(building / "README.md")
+            proof = _prove(building, opened, entries, trusted_code, prove)
+            _add(building, entries, "proof.json", json.dumps(asdict(proof), indent=1) + "\n")
+        _add(building, entries, "README.md", _card(out.name, opened, proof))
         about = {
-            "kind": "adapter" if apart else "model",
+            "kind": "adapter" if opened.apart else "model",
             "step": manifest.step,
             "dtype": tensors.dtype,
-            "checkpoint": checkpoint.name,
-            "checkpoint_manifest_sha256": recipe["checkpoint"],
+            "checkpoint": opened.checkpoint.name,
+            "checkpoint_manifest_sha256": opened.manifest_sha256,
             "identity": manifest.identity,
             "provenance": manifest.provenance,
         }
@@ -244,7 +199,7 @@ def export_checkpoint(
         total_bytes = sum(path.stat().st_size for path in building.iterdir())
     return ExportReport(
         out=str(out),
-        checkpoint=str(checkpoint),
+        checkpoint=str(opened.checkpoint),
         step=manifest.step,
         dtype=tensors.dtype,
         tensors=len(tensors.plan),
@@ -254,31 +209,108 @@ def export_checkpoint(
         logit_max_diff=proof.logit_max_diff if proof else None,
         top1_agreement=proof.top1_agreement if proof else None,
         tolerance=proof.tolerance if proof else None,
-        lora=None if adapter is None else lora,
+        lora=None if opened.adapter is None else lora,
     )
 
 
-def _model_config(checkpoint: Path, tensors: CheckpointTensors) -> tuple[str, str]:
-    """Name and text of the configuration of a whole model."""
+@dataclass(frozen=True)
+class _Opened:
+    """A verified checkpoint, ready to be written as a whole model, or `apart` as the adapter alone."""
+
+    checkpoint: Path
+    manifest_sha256: str
+    tensors: CheckpointTensors
+    adapter: AdapterConfig | None
+    base: Path | None
+    apart: bool
+
+
+def _open(
+    source: Path, dtype: str | None, *, verify: bool, trusted_code: str | None, apart: bool, base: Path | None
+) -> _Opened:
+    from tools.adapter import find_base
+    from tools.checkpoint_tensors import open_adapter, open_checkpoint
+    from trainer.adapter_file import read_adapter_config
+    from trainer.checkpoint.verify import MANIFEST_NAME, find_checkpoint, inspect_checkpoint, verify_checkpoint
+    from trainer.model.remote_code import trust_remote_code
+
+    checkpoint = find_checkpoint(source, verify_checkpoint if verify else inspect_checkpoint)
+    trust_remote_code(checkpoint / "model", trusted_code)
+    adapter = read_adapter_config(checkpoint / "model")
+    if adapter is not None:
+        if verify or not apart:
+            base = find_base(checkpoint, adapter, base)
+        if base is not None:
+            adapter = replace(adapter, base=str(base.absolute()))
+    tensors = open_adapter(checkpoint, dtype) if apart else open_checkpoint(checkpoint, dtype, base)
+    digest = hashlib.sha256((checkpoint / MANIFEST_NAME).read_bytes()).hexdigest()
+    return _Opened(checkpoint, digest, tensors, adapter, base, apart)
+
+
+def _write_model(building: Path, opened: _Opened, max_shard_bytes: int) -> dict[str, Entry]:
+    """Everything that loads and explains the model; name to size and hash of each file."""
+    from tools.artefact import copy_files, tensor_bytes, write_shards
+    from trainer.adapter_file import CONFIG_NAME, STEM
+
+    checkpoint, tensors = opened.checkpoint, opened.tensors
+    if opened.apart and opened.adapter is not None:
+        # peft reads one file of weights; any configuration of a model would make it look like a whole one.
+        entries = write_shards(building, STEM, tensors.plan, tensors.pieces, tensor_bytes(tensors.plan))
+        left_out = {"config.json", "generation_config.json"}
+        _add(building, entries, CONFIG_NAME, json.dumps(opened.adapter.as_json(), indent=2) + "\n")
+    else:
+        entries = write_shards(building, MODEL_STEM, tensors.plan, tensors.pieces, max_shard_bytes)
+        left_out = {CONFIG_NAME}
+        _add(building, entries, "config.json", _model_config(checkpoint, tensors))
+    files = sorted(path for path in (checkpoint / "model").iterdir() if path.name not in left_out | set(entries))
+    entries |= copy_files(files, building)
+    # checkpoints/step-... of a run: its configuration lies above. A checkpoint that was moved has none.
+    training_config = checkpoint.absolute().parent.parent / "config.yaml"
+    if training_config.is_file():
+        _add(building, entries, TRAINING_CONFIG, training_config.read_bytes())
+    return entries
+
+
+def _add(building: Path, entries: dict[str, Entry], name: str, content: str | bytes) -> None:
+    from tools.artefact import describe
+    from trainer.durable import write_file
+
+    write_file(building / name, content)
+    entries[name] = describe(building / name)
+
+
+def _prove(
+    building: Path,
+    opened: _Opened,
+    entries: dict[str, Entry],
+    trusted_code: str | None,
+    prove: Callable[[Claim], Proof] | None,
+) -> Proof:
+    from tools import export_proof
+
+    claim = export_proof.Claim(
+        str(building),
+        str(opened.checkpoint.absolute()),
+        opened.tensors.dtype,
+        dict(entries),
+        trusted_code=trusted_code,
+        base=None if opened.base is None else str(opened.base.absolute()),
+        apart=opened.apart,
+    )
+    return (prove or export_proof.prove)(claim)
+
+
+def _model_config(checkpoint: Path, tensors: CheckpointTensors) -> str:
     config = json.loads((checkpoint / "model" / "config.json").read_bytes())
     config.pop("torch_dtype", None)  # the older name of `dtype`; both together contradict each other
     config |= {"dtype": tensors.dtype, "architectures": [tensors.architecture]}
-    return "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n"
+    return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
 
-def _adapter_config(adapter: AdapterConfig) -> tuple[str, str]:
-    """Name and text of the configuration of an adapter; any config.json would make it look like a whole model."""
-    from trainer.adapter_file import CONFIG_NAME
-
-    return CONFIG_NAME, json.dumps(adapter.as_json(), indent=2) + "\n"
-
-
-def _card(
-    name: str, tensors: CheckpointTensors, proof: Proof | None, adapter: AdapterConfig | None, *, apart: bool
-) -> str:
+def _card(name: str, opened: _Opened, proof: Proof | None) -> str:
     from tools.model_card import adapter_card, model_card
 
-    manifest = tensors.reader.manifest
+    tensors, adapter, manifest = opened.tensors, opened.adapter, opened.tensors.reader.manifest
     facts: dict[str, Any] = {
         "architecture": tensors.architecture,
         "parameters": f"{tensors.parameters:,}",
@@ -297,7 +329,7 @@ def _card(
         f"{proof.logit_max_diff:.2e} (allowed {proof.tolerance:.1e}), same first choice at {proof.top1_agreement:.1%} "
         "of the positions. Details: `proof.json`."
     )
-    source = f"xported by Steadfast from checkpoint `{tensors.reader.path.name}`."
-    if apart and adapter is not None:
-        return adapter_card(name, f"A LoRA adapter, e{source}", facts, proven, base=adapter.base)
-    return model_card(name, f"E{source}", facts, proven)
+    source = f"from checkpoint `{opened.checkpoint.name}` by Steadfast."
+    if opened.apart and adapter is not None:
+        return adapter_card(name, f"A LoRA adapter, exported {source}", facts, proven, base=adapter.base)
+    return model_card(name, f"Exported {source}", facts, proven)
