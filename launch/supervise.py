@@ -20,18 +20,26 @@ from typing import Protocol
 from launch.processes import Ended, Event, Output
 from trainer import errors
 from trainer.cli import report
-from trainer.errors import HangError, Interrupted, PeerLostError, RunLockedError, SteadfastError, StoppedOnRequest
+from trainer.errors import (
+    HangError,
+    Interrupted,
+    NotEqualError,
+    PeerLostError,
+    RunLockedError,
+    SteadfastError,
+    StoppedOnRequest,
+)
 from trainer.run_directory import RunDirectory
 
 GRACE_SECONDS = 10.0
 SETTLE_SECONDS = 2.0
 TIME_LIMIT = "time limit"
 
-# What the exit codes of a rank say.
+# What the exit codes of a rank say. 1 is Python's for an uncaught exception; only commands that compare mean it.
 MEANINGS: dict[int, str] = {
     kind.exit_code: kind.meaning
     for kind in vars(errors).values()
-    if isinstance(kind, type) and issubclass(kind, SteadfastError)
+    if isinstance(kind, type) and issubclass(kind, SteadfastError) and kind is not NotEqualError
 }
 _RESUME = "start the same command again: it resumes from the last committed checkpoint"
 _VICTIMS = (PeerLostError.exit_code, -signal.SIGTERM)

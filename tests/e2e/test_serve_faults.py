@@ -9,8 +9,9 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -82,7 +83,7 @@ def test_broken_http_is_refused_and_the_server_goes_on(server: Server) -> None:
             connection.sendall(head + b"Content-Length: 1000\r\n\r\n{")
     assert server.ask("POST", "/v1/chat/completions", b"x" * (10 << 20)).status == 413
     assert server.chat("Hi", max_tokens=2).status == 200
-    assert b"steadfast_in_flight 0.0" in server.get("/metrics").body
+    until_idle(server)
 
 
 def test_pages_of_other_names_are_kept_out_where_no_key_does(server: Server) -> None:
@@ -115,8 +116,8 @@ def test_usage_of_a_stream_is_counted_but_shown_only_when_asked(server: Server, 
     assert b'"usage"' not in plain.body
     assert plain.body.endswith(b"data: [DONE]\n\n")
     assert b'"completion_tokens": 5' in asked.body
-    lines = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
-    assert [line["completion_tokens"] for line in lines[-2:]] == [5, 5]
+    # A request is logged after its last byte was sent.
+    until(lambda: [line.get("completion_tokens") for line in logged(log)[-2:]] == [5, 5], "both are logged")
     assert "secret" not in log.read_text()
     metrics = server.get("/metrics").body.decode()
     assert 'steadfast_requests_total{route="/v1/chat/completions",status="200"}' in metrics
@@ -131,10 +132,22 @@ def test_a_client_that_leaves_in_mid_stream_frees_its_place(server: Server) -> N
     assert b"steadfast_in_flight 1.0" in server.get("/metrics").body
     answer.close()
     connection.close()
-    deadline = time.monotonic() + 10
-    while b"steadfast_in_flight 0.0" not in server.get("/metrics").body:
-        assert time.monotonic() < deadline
+    until_idle(server)
+
+
+def until(condition: Callable[[], bool], what: str, seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, what
         time.sleep(0.02)
+
+
+def until_idle(server: Server) -> None:
+    until(lambda: b"steadfast_in_flight 0.0" in server.get("/metrics").body, "nothing in flight")
+
+
+def logged(log: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
 
 
 def test_a_killed_engine_is_503_until_it_is_back_and_answers_the_same(server: Server) -> None:

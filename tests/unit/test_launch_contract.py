@@ -210,7 +210,8 @@ def test_exit_codes_of_a_run() -> None:
 
 def test_every_exit_code_of_an_error_has_a_meaning() -> None:
     documented = {int(code) for code in re.findall(r"── \w+ +(\d+)", str(errors.__doc__))}
-    assert set(MEANINGS) == documented | {SteadfastError.exit_code}
+    # A rank that ends with 1 has crashed in Python.
+    assert set(MEANINGS) == documented - {errors.NotEqualError.exit_code} | {SteadfastError.exit_code}
     assert (MEANINGS[2], MEANINGS[70], MEANINGS[75]) == (
         "usage or configuration",
         "a bug of ours",
