@@ -32,6 +32,7 @@ from launch.train_command import (
     check_remote_code,
     checked_config,
     permission_words,
+    preflight_command,
     rank_command,
     require_gpus,
 )
@@ -180,6 +181,7 @@ def _launch(arguments: argparse.Namespace) -> int:
         gpus_per_node=gpus,
         address=arguments.address,
         allow_unauthenticated=arguments.allow_unauthenticated,
+        preflight=preflight_command(arguments.config, arguments.overrides),
     )
 
 

@@ -160,6 +160,13 @@ def rank_command(
     return [*words, "--traceback"] if show_traceback else words
 
 
+def preflight_command(config: Path, overrides: Sequence[str]) -> list[str]:
+    """The command of every rank of a preflight; nothing when the site leaves it out (SFT_PREFLIGHT=0)."""
+    if os.environ.get("SFT_PREFLIGHT") == "0":
+        return []
+    return [sys.executable, str(ROOT / "steadfast.py"), "preflight", str(config), *overrides]
+
+
 def _warn(config: Config, device: Device) -> None:
     for warning in device_warnings(config, device):
         sys.stderr.write(f"{warning}\n")

@@ -6,6 +6,7 @@
     meeting   how ranks tell rank 0 their facts over MASTER_PORT, within a bound
     mailbox   the same through run.dir, which shows whether it is shared, and tells who could not come
     probe     a child process that does the first collectives: gloo, then NCCL
+    watch     the ranks of a preflight, started by a launcher: rank 0 speaks for all
 
 `steadfast doctor` is the first three for this machine; `steadfast preflight CONFIG` is all of them.
 """

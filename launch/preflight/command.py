@@ -2,7 +2,7 @@
 
 steadfast preflight configs/tiny.yaml --nproc 2
 srun ... steadfast preflight CONFIG        (a process a rank or a host, with the variables of a rank or MASTER_ADDR
-                                            and MASTER_PORT; a batch job of slurm/sft.sh does it by itself)
+                                            and MASTER_PORT; jobs of Slurm and Ray do it by themselves)
 
 One line a host: the same code, configuration and versions; run.dir shared and large enough; the rendezvous, clocks,
 limits, GPUs, the first all-reduces. Exit codes: 0 fit, warnings or not; 2 the hosts differ; 66 an input is missing;
@@ -19,13 +19,14 @@ from pathlib import Path
 from launch.contract import VARIABLES, resolve, world_of_step
 from launch.local import ADDRESS, plan_local
 from launch.preflight.rank import Rank, Wish
-from launch.processes import HostRanks, Output, free_port
+from launch.preflight.watch import watch
+from launch.processes import HostRanks, free_port
 from launch.signals import die_with_launcher
 from launch.train_command import checked_config, require_gpus
 from trainer.config.arguments import add_config_arguments
 from trainer.config.device import guess_device
 from trainer.config.load import load_config
-from trainer.errors import PeerLostError, UsageError
+from trainer.errors import UsageError
 from trainer.world import World
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,24 +79,7 @@ def _place() -> World | None:
 def _start_here(command: list[str], ranks: int) -> int:
     """Start the ranks of a preflight on this machine; returns the code of rank 0, which speaks for all of them."""
     plan = plan_local(command, processes=ranks, environ=os.environ, port=free_port(ADDRESS))
-    here = HostRanks(plan, inherit_stdout_of=0)
-    running = set(range(ranks))
-    code = PeerLostError.exit_code
-    try:
-        here.start()
-        while running:
-            for event in here.next_events(0.2):
-                if isinstance(event, Output):
-                    sys.stderr.write(f"[rank {event.rank}] {event.line}\n")
-                    continue
-                running.discard(event.rank)
-                if event.status < 0:
-                    sys.stderr.write(f"error: rank {event.rank} was killed by signal {-event.status}\n")
-                elif event.rank == 0:
-                    code = event.status
-    finally:
-        here.close()
-    return code
+    return watch(HostRanks(plan, inherit_stdout_of=0), ranks)
 
 
 def _words(arguments: argparse.Namespace) -> list[str]:

@@ -28,7 +28,7 @@ _POLL_SECONDS = 0.5
 # Settings of the libraries and of ours that the ranks on other nodes shall have too. CUDA_VISIBLE_DEVICES is each
 # node's own: Ray sets it.
 FORWARDED_PREFIXES = (
-    "CUDA_", "DS_", "GLOO_", "HF_", "NCCL_", "OMP_", "PYTORCH_", "STEADFAST_", "TORCH_",
+    "CUDA_", "DS_", "GLOO_", "HF_", "NCCL_", "OMP_", "PYTORCH_", "SFT_", "STEADFAST_", "TORCH_",
 )  # fmt: skip
 SECRETS = ("TOKEN", "KEY", "SECRET", "PASSWORD")
 

@@ -13,6 +13,7 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from typing import Any, Literal
 from launch.attempts import ended, is_finished, newest_step, record_end, record_launch, write_reference
 from launch.decide import Attempt, Done, GiveUp, decide
 from launch.places import reference_of
+from launch.preflight.watch import watch
 from launch.ray.api import refuse_open_cluster
 from launch.ray.cluster import Cluster
 from launch.ray.hosts import RayRanks
@@ -42,9 +44,12 @@ def run_ray(
     gpus_per_node: int,
     address: str | None,
     allow_unauthenticated: bool = False,
+    preflight: Sequence[str] = (),
 ) -> int:
     """Run `command` as ranks_per_node ranks on each of `nodes` nodes; returns the exit code of the run.
 
+    `preflight`, too, is the command of a rank: it looks at hosts that no attempt has been on, before the ranks start
+    (never on a cluster of this machine alone).
     `address` None starts a cluster on this machine. Raises PeerLostError when there is no cluster at `address`,
     UsageError when it has too few free nodes, or is a remote one that asks for no token. Call it from the main thread.
     """
@@ -65,6 +70,7 @@ def run_ray(
         cluster.take_signals_for(job)
         history: list[Attempt] = []
         wanted = nodes
+        fit: list[str] = []
         while True:
             group = _place(cluster, bundle, wanted, between, history)
             if group is None:
@@ -73,10 +79,18 @@ def run_ray(
             names = [name for _, name in placed]
             record_launch(run, job, hosts=names)
             _say(f"attempt {len(history) + 1}: {wanted * ranks_per_node} ranks on {', '.join(names)}")
-            ranks = RayRanks(command, group, names, ranks_per_node=ranks_per_node, gpus_per_node=gpus_per_node)
-            ending = _attempt(ranks, wanted * ranks_per_node, run.path)
+            on_hosts = partial(
+                RayRanks, group=group, names=names, ranks_per_node=ranks_per_node, gpus_per_node=gpus_per_node
+            )
+            world_size = wanted * ranks_per_node
+            ending: Ending | None = None
+            if preflight and names != fit and not cluster.is_local:
+                ending, lost = _preflight(on_hosts(preflight), world_size, between)
+                fit = [] if ending else names
+            if ending is None:
+                ending, lost = _attempt(on_hosts(command), world_size, run.path)
             cluster.release(group)
-            gone = cluster.gone([placed[node][0] for node in ranks.lost], between.is_stopped)
+            gone = cluster.gone([placed[node][0] for node in lost], between.is_stopped)
             history.append(ended(run, config, ending.code, _asked_by(ending, lost_node=bool(gone))))
             decision = decide(history)
             record_end(run, job, history[-1], ending.blamed, decision)
@@ -124,12 +138,28 @@ def _require_shared(run_dir: Path, directory: Path) -> None:
         )
 
 
-def _attempt(ranks: RayRanks, world_size: int, run_dir: Path) -> Ending:
+def _attempt(ranks: RayRanks, world_size: int, run_dir: Path) -> tuple[Ending, set[int]]:
+    """How the ranks ended, and the bundles whose host was lost."""
     try:
-        return supervise(ranks, world_size=world_size, run_dir=run_dir)
+        return supervise(ranks, world_size=world_size, run_dir=run_dir), ranks.lost
     except PeerLostError as error:
-        _say(f"error: {error}")
-        return Ending(PeerLostError.exit_code, "", str(error))
+        return _lost_while_starting(error), ranks.lost
+
+
+def _preflight(ranks: RayRanks, world_size: int, between: _Between) -> tuple[Ending | None, set[int]]:
+    """Look at the hosts; how the attempt ended when they are not fit or a stop was asked for, and the bundles lost."""
+    try:
+        code = watch(ranks, world_size, between.is_stopped)
+    except PeerLostError as error:
+        return _lost_while_starting(error), ranks.lost
+    if between.is_stopped():
+        return Ending(PeerLostError.exit_code, "a request to stop"), ranks.lost
+    return (Ending(code, "", "preflight: see above") if code else None), ranks.lost
+
+
+def _lost_while_starting(error: PeerLostError) -> Ending:
+    _say(f"error: {error}")
+    return Ending(PeerLostError.exit_code, "", str(error))
 
 
 def _asked_by(ending: Ending, *, lost_node: bool) -> Literal["nobody", "scheduler", "person"]:

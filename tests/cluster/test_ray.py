@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -58,6 +59,7 @@ def test_a_submitted_job(run: RayRun, expected: list[float], note: Callable[[str
     assert status["outcome"] == "done"
     assert len(set(run.hosts())) == 2
     assert f"attempt 1: 2 ranks on {', '.join(run.hosts())}" in run.output()
+    assert len(re.findall(r"preflight: fit to train: 2 host\(s\), 2 rank\(s\)", run.output())) == 1
     assert losses(run.path) == expected
     note("losses equal")
 
@@ -79,6 +81,22 @@ def test_a_job_by_hand_whose_rank_is_killed(run: RayRun, expected: list[float], 
     run.wait_for(SUCCEEDED)
     assert "nothing to do" in run.output()
     assert len(run.events("launch")) == 2
+
+
+def test_hosts_that_share_no_run_directory_get_no_rank(run: RayRun, note: Callable[[str], None]) -> None:
+    run.path.mkdir()
+    for node in run.cluster.nodes[1:]:
+        assert node.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(run.path)]).returncode == 0
+    try:
+        run.submit()
+        status = run.wait_for("failed, exit code 73")
+        assert "it is another directory than that of rank 0; put run.dir on a file system" in run.output()
+        assert [attempt["decision"] for attempt in status["attempts"]] == ["give up"]
+        assert not run.events("start")
+    finally:
+        for node in run.cluster.nodes[1:]:
+            node.run(["umount", str(run.path)])
+    note("preflight names run.dir; exit code 73, no rank started")
 
 
 def test_a_lost_node_with_one_to_spare(run: RayRun, expected: list[float], note: Callable[[str], None]) -> None:
