@@ -1,9 +1,10 @@
-"""Measure Steadfast on this machine: data path, checkpoints, exports, serving.
+"""Measure Steadfast on this machine: data path, checkpoints, steps, exports, serving.
 
     steadfast bench data                        all sections: about fifteen minutes on two cores
     steadfast bench data --quick                small sizes: shows that everything runs; the figures mean little
     steadfast bench data --corpus my.jsonl      tokenise your own conversations
     steadfast bench checkpoint                  time that training stands still: in the background and on the spot
+    steadfast bench overhead                    what watching and recording a run cost of its steps
     steadfast bench export                      memory and time of an export, beside DeepSpeed's zero_to_fp32; 36 GB
     steadfast bench serve                       the gateway beside its engine, and many clients beside one by one
 
@@ -53,7 +54,7 @@ QUICK = Sizes(120, 8_000, 256, 1024, (10_000, 1_000_000, 1_000_000_000), 4000, (
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Declare `steadfast bench data`, `checkpoint`, `export` and `serve`."""
+    """Declare `steadfast bench data`, `checkpoint`, `overhead`, `export` and `serve`."""
     commands = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     data = commands.add_parser("data", help="the data path: tokenise, read, start, pack, prepare")
     data.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="what to measure")
@@ -61,18 +62,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--rounds", type=int, metavar="N", help="rounds, of which the best counts (default: 3)")
     data.add_argument("--quick", action="store_true", help="small sizes, one round")
     checkpoint = commands.add_parser("checkpoint", help="how long training stands still for a checkpoint")
-    checkpoint.add_argument(
-        "--models", nargs="+", choices=("demo", "300m"), default=["demo", "300m"], help="300m takes 16 GB of memory"
-    )
-    checkpoint.add_argument("--rounds", type=int, metavar="N", help="runs of each kind (default: 1)")
-    checkpoint.add_argument("--quick", action="store_true", help="a tiny model: shows that everything runs")
+    overhead = commands.add_parser("overhead", help="what watching and recording a run cost of its steps")
+    for action in (checkpoint, overhead):
+        action.add_argument(
+            "--models", nargs="+", choices=("demo", "300m"), default=["demo", "300m"], help="300m takes 16 GB of memory"
+        )
+        action.add_argument("--rounds", type=int, metavar="N", help="runs of each kind (default: 1)")
+        action.add_argument("--quick", action="store_true", help="a tiny model: shows that everything runs")
     export = commands.add_parser("export", help="an export beside DeepSpeed's own converter: memory and time")
     export.add_argument("--rounds", type=int, metavar="N", help="exports of each kind, of which the fastest counts (1)")
     export.add_argument("--quick", action="store_true", help="a tiny model: shows that everything runs")
     serve = commands.add_parser("serve", help="tokens a second through the gateway, and many clients at once")
     serve.add_argument("--rounds", type=int, metavar="N", help="rounds, of which the median counts (default: 5)")
     serve.add_argument("--quick", action="store_true", help="a tiny model, few tokens: shows that everything runs")
-    for action in (data, checkpoint, export, serve):
+    for action in (data, checkpoint, overhead, export, serve):
         action.add_argument("--seed", type=int, default=0, metavar="S", help="of the made data")
         action.add_argument(
             "--work", type=Path, metavar="DIR", help="new directory for its files, kept (default: temporary)"
@@ -92,7 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.work is not None and arguments.work.exists():
         raise UsageError(f"{arguments.work} exists", "give a new directory with --work")
     sizes = QUICK if arguments.quick else FULL
-    usual = {"data": sizes.rounds, "checkpoint": 1, "export": 1, "serve": 1 if arguments.quick else 5}
+    usual = {"data": sizes.rounds, "checkpoint": 1, "overhead": 1, "export": 1, "serve": 1 if arguments.quick else 5}
     rounds = arguments.rounds or usual[action]
     with tempfile.TemporaryDirectory(prefix="steadfast-bench-") as temporary:
         work = Path(temporary) if arguments.work is None else arguments.work.resolve()
@@ -105,11 +108,12 @@ def run(arguments: argparse.Namespace) -> int:
             from tools.benchmarks import serving
 
             lines = serving.run(work, rounds, arguments.seed, _say, quick=arguments.quick)
-        elif action == "checkpoint":
+        elif action in ("checkpoint", "overhead"):
             from tools.benchmarks import checkpoint as saves
+            from tools.benchmarks import overhead as steps
 
             models = ["quick"] if arguments.quick else arguments.models
-            lines = saves.run(work, models, rounds, arguments.seed, _say)
+            lines = (saves if action == "checkpoint" else steps).run(work, models, rounds, arguments.seed, _say)
         else:
             lines = measure(arguments.sections, sizes, rounds, work, corpus, arguments.seed, _say)
     about = {"cores": os.cpu_count(), "python": platform.python_version(), "rounds": rounds, "seed": arguments.seed}

@@ -58,14 +58,9 @@ MODELS = {
 def run(work: Path, models: list[str], rounds: int, seed: int, say: Say) -> list[Line]:
     """Two lines for each model: a save on the spot, and one in the background with the ratio of blocked times."""
     lines: list[Line] = []
-    stores: dict[int, Path] = {}
     for name in models:
         model = MODELS[name]
-        if (store := stores.get(model.vocabulary_size)) is None:
-            rows, tokenizer = prepare_inputs(work, _CONVERSATIONS, model.vocabulary_size, seed, [], say)
-            store = stores[model.vocabulary_size] = work / "store"
-            words = ["--input", rows, "--tokenizer", tokenizer, "--sequence-length", _SEQUENCE_LENGTH, "-o", store]
-            _steadfast("data", "build", *words)
+        store = build_store(work, model.vocabulary_size, _SEQUENCE_LENGTH, seed, say)
         found: dict[bool, list[Facts]] = {True: [], False: []}
         for number in range(rounds):
             for background in (False, True):
@@ -73,6 +68,16 @@ def run(work: Path, models: list[str], rounds: int, seed: int, say: Say) -> list
                 found[background] += _saves(work / f"{name}-{background}-{number}", model, store, background)
         lines += _lines(name, found)
     return lines
+
+
+def build_store(work: Path, vocabulary_size: int, sequence_length: int, seed: int, say: Say) -> Path:
+    """A store of short conversations in `work`, made once."""
+    store = work / f"store-{vocabulary_size}"
+    if not store.exists():
+        rows, tokenizer = prepare_inputs(work, _CONVERSATIONS, vocabulary_size, seed, [], say)
+        words = ["--input", rows, "--tokenizer", tokenizer, "--sequence-length", sequence_length, "-o", store]
+        _steadfast("data", "build", *words)
+    return store
 
 
 def _saves(run_dir: Path, model: Model, store: Path, background: bool) -> list[Facts]:

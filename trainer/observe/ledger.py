@@ -37,7 +37,7 @@ class JsonLines:
 
     def append(self, entry: dict[str, Any]) -> None:
         """Write one entry; numbers that JSON does not know (NaN, infinity) become null."""
-        self._kept += (json.dumps(finite(entry), ensure_ascii=False) + "\n").encode()
+        self._kept += (_as_text(entry) + "\n").encode()
         self._write()
         if self._durable and not self._kept:
             with write_errors(self.path):
@@ -99,6 +99,14 @@ def cut_back(path: Path, step: int) -> dict[str, Any] | None:
                 return entry
         stream.truncate(0)
     return None
+
+
+def _as_text(entry: dict[str, Any]) -> str:
+    try:
+        return json.dumps(entry, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        # Looking at every number is slower than writing them.
+        return json.dumps(finite(entry), ensure_ascii=False)
 
 
 def _is_torn(path: Path) -> bool:

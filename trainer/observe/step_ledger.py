@@ -31,21 +31,19 @@ class StepLedger:
 
     def on_step(self, state: TrainState, batch: StepBatch, result: StepResult, seconds: StepSeconds) -> None:
         """Write the line of this step."""
-        entry = finite(
-            {
-                "step": state.step,
-                "epoch": int(batch.epoch),
-                "position": int(batch.position),
-                "rows": [int(row) for row in batch.rows],
-                "samples": self._feed.samples_of_step(batch),
-                "supervised_tokens": result.supervised_tokens,
-                "ranks": self._ranks,
-                "learning_rate": result.learning_rate,
-                "rng": _digest(self._generators()),
-                "loss": result.loss,
-                "gradient_norm": result.gradient_norm,
-            }
-        )
+        entry = {
+            "step": state.step,
+            "epoch": int(batch.epoch),
+            "position": int(batch.position),
+            "rows": [int(row) for row in batch.rows],
+            "samples": self._feed.samples_of_step(batch),
+            "supervised_tokens": result.supervised_tokens,
+            "ranks": self._ranks,
+            "learning_rate": result.learning_rate,
+            "rng": _digest(self._generators()),
+            "loss": finite(result.loss),
+            "gradient_norm": finite(result.gradient_norm),
+        }
         self._before = entry | linked(entry, self._before)
         self._lines.append(self._before)
 
