@@ -36,7 +36,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "diff": ("tools.diff", "how two models differ: every tensor, settings, tokenizer; 1 when they do"),
     "merge": ("tools.merge", "merge models: weighted average, SLERP, TIES"),
     "quantize": ("tools.quantize", "make a smaller model and say what it lost"),
-    "eval": ("tools.eval", "exact match of a model's answers on held-out prompts"),
+    "eval": ("tools.eval", "how good models are, side by side, with confidence intervals"),
     "bench": (
         "tools.bench",
         "measure the data path and exports beside other tools, what checkpoints cost, and serving",

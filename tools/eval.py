@@ -1,239 +1,172 @@
-"""Exact match of a model's answers on held-out prompts.
+"""How good models are, side by side: loss on held-out text, answers to held-out questions, with confidence intervals.
 
-    steadfast eval out/model --data heldout.jsonl
+    steadfast eval out/model --data heldout.jsonl                 exact match, F1, BLEU, ...; by family, source, script
+    steadfast eval out/base out/tuned out/int8 --data heldout.jsonl --store out/store/validation
+    steadfast eval runs/NAME --data heldout.jsonl --robustness    also asked with typos, in lower case, ...
+    steadfast eval out/model --lm-eval tasks/                     task files of lm-evaluation-harness, offline
 
-Each line is an object with `messages`; the last message is the assistant's reference answer, everything before it is
-the prompt. Answers are generated greedily and compared after trimming white space at both ends. Rows may carry a
-`family`, then each family is reported too.
+A line of --data is an object with `messages`; the last one is the assistant's reference, everything before it is the
+prompt; `family`, `source` and `language` make slices (without a language: the script). Answers are greedy. --store
+gives the loss on the supervised tokens of a token store, as validation in training does. RUN is a run directory or a
+checkpoint: what its newest valid checkpoint exports to. BLEU, chrF and ROUGE need the extra `eval`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import time
+import sys
+import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from trainer.errors import DataError, UsageError
+from trainer.config.arguments import add_trust_argument
+from trainer.errors import UsageError
 
 if TYPE_CHECKING:
-    from tools.chat import Prompts
-
-SPARE_TOKENS = 8
-SHOWN = 3
-
-
-class Sample(NamedTuple):
-    """One prompt (its last message), what the model answered and what was expected."""
-
-    prompt: str
-    answer: str
-    expected: str
-    ok: bool
-
-
-@dataclass(frozen=True)
-class FamilyScore:
-    """Exact match within one family of rows."""
-
-    rows: int
-    correct: int
-    exact_match: float
-
-
-@dataclass(frozen=True)
-class EvalReport:
-    """How many answers were exactly right."""
-
-    exact_match: float
-    """Share of rows in [0, 1]."""
-    rows: int
-    correct: int
-    by_family: dict[str, FamilyScore]
-    samples: list[Sample]
-    """A few rows, wrong ones first."""
-    too_long: int
-    """Rows whose prompt leaves no room for an answer in the model's context; they count as wrong."""
-    seconds: float
-
-
-@dataclass(frozen=True)
-class _Question:
-    ids: list[int]
-    prompt: str
-    expected: str
-    expected_tokens: int
-    family: str | None
+    from tools.evaluation.harness import TaskScore
+    from tools.evaluation.report import ModelReport
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the command line of `steadfast eval`."""
-    parser.add_argument("model", type=Path, metavar="MODEL", help="model directory (exported or quantized)")
-    parser.add_argument("--data", type=Path, required=True, metavar="JSONL", help="held-out conversations")
+    parser.add_argument(
+        "models", type=Path, nargs="+", metavar="MODEL|RUN", help="model directories, runs; the first is compared with"
+    )
+    parser.add_argument("--data", type=Path, metavar="JSONL", help="held-out conversations to answer")
+    parser.add_argument("--store", metavar="STORE", help="token store to give the loss on")
+    parser.add_argument("--lm-eval", type=Path, metavar="DIR", help="directory of lm-evaluation-harness task files")
+    parser.add_argument("--robustness", action="store_true", help="also ask the questions of --data less neatly")
     parser.add_argument("--max-rows", type=int, metavar="N", help="use the first N rows (default: all)")
     parser.add_argument("--batch-size", type=int, default=64, metavar="B", help="prompts generated together")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="bound on an answer (default: from the data)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of perturbations and intervals")
+    add_trust_argument(parser)
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate and print a table with examples."""
+    _check(arguments)
     from tools.chat import read_rows
+    from tools.evaluation import harness
+    from tools.evaluation.report import Task, evaluate
+    from tools.models import quiet_transformers
+    from trainer.data.store import open_store
 
+    quiet_transformers()
+    task = Task(
+        rows=None if arguments.data is None else read_rows(arguments.data, arguments.max_rows),
+        rows_source=str(arguments.data),
+        store=None if arguments.store is None else open_store(arguments.store),
+        max_rows=arguments.max_rows,
+        batch_size=arguments.batch_size,
+        max_new_tokens=arguments.max_new_tokens,
+        robustness=arguments.robustness,
+        seed=arguments.seed,
+    )
+    if arguments.lm_eval is not None:
+        harness.require_harness()
+    with ExitStack() as until_done:
+        models = [(str(path), _directory(path, arguments.trust_remote_code, until_done)) for path in arguments.models]
+        _trust(models, arguments.trust_remote_code)
+        reports = evaluate(models, task, _say) if task.rows is not None or task.store is not None else []
+        tasks = {}
+        for name, path in models if arguments.lm_eval is not None else ():
+            _say(f"{name}: tasks of {arguments.lm_eval}")
+            tasks[name] = _run_tasks(path, arguments)
+    if arguments.json:
+        found: dict[str, Any] = {"models": [asdict(report) for report in reports]}
+        found |= {"lm_eval": {name: [asdict(score) for score in scores] for name, scores in tasks.items()}}
+        print(json.dumps(found, ensure_ascii=False))
+    else:
+        _show(reports, tasks)
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> None:
     for name in ("max_rows", "batch_size", "max_new_tokens"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} {value} is less than 1", "give a positive number")
-    rows = read_rows(arguments.data, arguments.max_rows)
-    report = exact_match(
-        arguments.model,
-        rows,
-        batch_size=arguments.batch_size,
-        max_new_tokens=arguments.max_new_tokens,
-        source=str(arguments.data),
-    )
-    print(json.dumps(asdict(report), ensure_ascii=False) if arguments.json else _table(report))
-    return 0
+    if arguments.data is None and arguments.store is None and arguments.lm_eval is None:
+        raise UsageError("nothing to evaluate on", "give --data JSONL, --store STORE or --lm-eval DIR")
+    if arguments.robustness and arguments.data is None:
+        raise UsageError("--robustness changes the questions of --data, and there are none", "give --data JSONL")
+    if len({str(path) for path in arguments.models}) < len(arguments.models):
+        raise UsageError("a model is given twice", "name each once")
 
 
-def exact_match(
-    model_path: Path,
-    rows: Sequence[dict[str, Any]],
-    *,
-    batch_size: int = 64,
-    max_new_tokens: int | None = None,
-    source: str = "rows",
-) -> EvalReport:
-    """Answer every row greedily and count exact matches.
+def _directory(path: Path, trusted_code: str | None, until_done: ExitStack) -> Path:
+    """The model directory `path`; of a run or a checkpoint, what it exports to, kept until the evaluation is done."""
+    from tools.export import export_checkpoint
+    from trainer.checkpoint.verify import is_checkpoint
 
-    `max_new_tokens` defaults to the longest reference plus a few tokens: a longer answer cannot match anyway. `source`
-    names the rows in errors. Raises DataError for a row without a reference answer or a model that does not load.
-    """
-    from tools.chat import Prompts, check_chat_template, context_length, stop_ids
-    from tools.models import check_model_directory, load_model, load_tokenizer
-
-    started = time.monotonic()
-    if not rows:
-        raise DataError(f"{source}: there are no rows", "give at least one")
-    check_model_directory(model_path)
-    # The tokenizer first: a bad row is found before the model takes its time to load.
-    tokenizer = load_tokenizer(model_path)
-    check_chat_template(tokenizer, model_path)
-    prompts_of = Prompts(tokenizer)
-    questions = [_question(tokenizer, prompts_of, row, f"{source}, row {number}") for number, row in enumerate(rows, 1)]
-    model, _ = load_model(model_path)
-    limit = max_new_tokens or max(question.expected_tokens for question in questions) + SPARE_TOKENS
-    context = context_length(model)
-    stops = stop_ids(model, tokenizer)
-    answers = [""] * len(questions)
-    fitting = [i for i, question in enumerate(questions) if context is None or len(question.ids) < context]
-    # Neighbours in length share a batch: little padding, and short answers end together.
-    fitting.sort(key=lambda i: (len(questions[i].ids), questions[i].expected_tokens))
-    for begin in range(0, len(fitting), batch_size):
-        indices = fitting[begin : begin + batch_size]
-        prompts = [questions[i].ids for i in indices]
-        room = limit if context is None else min(limit, context - max(map(len, prompts)))
-        for index, answer in zip(indices, _answers(model, tokenizer, prompts, room, stops), strict=True):
-            answers[index] = answer
-    verdicts = [answer == question.expected for answer, question in zip(answers, questions, strict=True)]
-    correct = sum(verdicts)
-    return EvalReport(
-        exact_match=correct / len(rows),
-        rows=len(rows),
-        correct=correct,
-        by_family=_families(questions, verdicts),
-        samples=_samples(questions, answers, verdicts),
-        too_long=len(questions) - len(fitting),
-        seconds=time.monotonic() - started,
-    )
+    if not (is_checkpoint(path) or (path / "checkpoints").is_dir()):
+        return path
+    _say(f"{path}: exporting its newest valid checkpoint")
+    out = Path(until_done.enter_context(tempfile.TemporaryDirectory(prefix="steadfast-eval-"))) / "model"
+    export_checkpoint(path, out, verify=False, trusted_code=trusted_code)
+    return out
 
 
-def _question(tokenizer: Any, prompts: Prompts, row: dict[str, Any], place: str) -> _Question:
-    messages = row.get("messages")
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise DataError(f"{place}: there is no list of messages", 'give {"messages": [{"role": ..., "content": ...}]}')
-    if len(messages) < 2 or messages[-1].get("role") != "assistant" or not isinstance(messages[-1].get("content"), str):
-        raise DataError(f"{place}: the last message is not an assistant's answer", "end every row with its reference")
-    tools = row.get("tools")
-    try:
-        ids = prompts.ids(messages[:-1], json.loads(tools) if isinstance(tools, str) else tools)
-    except ValueError as error:
-        raise DataError(f"{place}: {error}", "check its roles, their order and its texts") from error
-    expected = messages[-1]["content"].strip()
-    family = row.get("family")
-    return _Question(
-        ids=ids,
-        prompt=str(messages[-2].get("content")),
-        expected=expected,
-        expected_tokens=len(tokenizer.encode(expected, add_special_tokens=False)),
-        family=None if family is None else str(family),
-    )
+def _trust(models: Sequence[tuple[str, Path]], pinned: str | None) -> None:
+    """Let the pinned code serve the models that need it; others are loaded as ever."""
+    from trainer.model.remote_code import own_classes, trust_remote_code
+
+    needy = [path for _, path in models if own_classes(path)]
+    for path in needy or [models[0][1]]:
+        trust_remote_code(path, pinned)
 
 
-def _answers(model: Any, tokenizer: Any, prompts: list[list[int]], max_new_tokens: int, stops: list[int]) -> list[str]:
-    """Greedy answers to `prompts`, generated together, padded on the left."""
-    import torch
-    from transformers import GenerationConfig
+def _run_tasks(path: Path, arguments: argparse.Namespace) -> list[TaskScore]:
+    from tools.evaluation.harness import run_tasks
+    from tools.models import load_model
 
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (stops or [0])[0]
-    # Also replaces what the model's own configuration would add (sampling, penalties): exact match means greedy.
-    model.generation_config = GenerationConfig(
-        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stops or None, pad_token_id=pad
-    )
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts], device=model.device)
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
-    with torch.inference_mode():
-        generated = model.generate(input_ids=ids, attention_mask=mask)[:, longest:].tolist()
-    texts = []
-    for tokens in generated:
-        end = next((position for position, token in enumerate(tokens) if token in stops), len(tokens))
-        texts.append(tokenizer.decode(tokens[:end], skip_special_tokens=True).strip())
-    return texts
+    model, tokenizer = load_model(path)
+    return run_tasks(model, tokenizer, arguments.lm_eval, batch_size=arguments.batch_size, limit=arguments.max_rows)
 
 
-def _families(questions: list[_Question], verdicts: list[bool]) -> dict[str, FamilyScore]:
-    grouped: dict[str, list[bool]] = {}
-    for question, verdict in zip(questions, verdicts, strict=True):
-        if question.family is not None:
-            grouped.setdefault(question.family, []).append(verdict)
-    return {
-        family: FamilyScore(len(group), sum(group), sum(group) / len(group))
-        for family, group in sorted(grouped.items())
-    }
+def _show(reports: Sequence[ModelReport], tasks: dict[str, list[TaskScore]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from tools.evaluation.metrics import has_extra
+    from tools.evaluation.report import table
+
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    if reports:
+        console.print(table(reports))
+    for report in reports:
+        if report.too_long:
+            print(
+                f"{report.model}: {report.too_long} prompts leave no room for an answer in its context; they are wrong"
+            )
+        if report.samples:
+            print(f"{report.model}, {report.seconds:.1f} s, greedy; examples:")
+        for sample in report.samples:
+            print(f"  {'right' if sample.ok else 'WRONG'}  prompt    {_short(sample.prompt)}")
+            print(f"         answer    {_short(sample.answer)}")
+            if not sample.ok:
+                print(f"         expected  {_short(sample.expected)}")
+    if any(report.samples for report in reports) and not has_extra():
+        print("BLEU, chrF and ROUGE: pip install -e '.[eval]'")
+    if tasks:
+        shown = Table("task", "metric", *tasks, title="lm-evaluation-harness", title_justify="left")
+        for rows in zip(*tasks.values(), strict=True):
+            cells = [f"{score.value:.4g}" + (f" ± {score.stderr:.2g}" if score.stderr else "") for score in rows]
+            shown.add_row(rows[0].task, rows[0].metric, *cells)
+        console.print(shown)
 
 
-def _samples(questions: list[_Question], answers: list[str], verdicts: list[bool]) -> list[Sample]:
-    order = sorted(range(len(questions)), key=lambda index: verdicts[index])
-    wrong = [index for index in order if not verdicts[index]][: SHOWN - 1]
-    right = [index for index in order if verdicts[index]]
-    chosen = (wrong + right)[:SHOWN] if right else [index for index in order if not verdicts[index]][:SHOWN]
-    return [
-        Sample(questions[index].prompt, answers[index], questions[index].expected, verdicts[index]) for index in chosen
-    ]
+def _say(sentence: str) -> None:
+    sys.stderr.write(f"{sentence}\n")
+    sys.stderr.flush()
 
 
-def _table(report: EvalReport) -> str:
-    width = max([len("all rows"), *map(len, report.by_family)])
-    lines = [f"{'family':<{width}}  {'rows':>6}  {'exact match':>11}"] if report.by_family else []
-    lines += [
-        f"{family:<{width}}  {score.rows:>6}  {score.exact_match:>11.1%}" for family, score in report.by_family.items()
-    ]
-    lines.append(f"{'all rows':<{width}}  {report.rows:>6}  {report.exact_match:>11.1%}")
-    if report.too_long:
-        lines.append(f"{report.too_long} prompts leave no room for an answer in the model's context; counted as wrong")
-    lines.append(f"{report.seconds:.1f} s, greedy; examples:")
-    for sample in report.samples:
-        lines.append(f"  {'right' if sample.ok else 'WRONG'}  prompt    {_short(sample.prompt)}")
-        lines.append(f"         answer    {_short(sample.answer)}")
-        if not sample.ok:
-            lines.append(f"         expected  {_short(sample.expected)}")
-    return "\n".join(lines)
-
-
-def _short(text: str, length: int = 100) -> str:
+def _short(text: Any, length: int = 100) -> str:
     shown = json.dumps(text, ensure_ascii=False)
     return shown if len(shown) <= length else shown[: length - 2] + '…"'

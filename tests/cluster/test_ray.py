@@ -91,7 +91,7 @@ def test_hosts_that_share_no_run_directory_get_no_rank(run: RayRun, note: Callab
         run.submit()
         status = run.wait_for("failed, exit code 73")
         assert "it is another directory than that of rank 0; put run.dir on a file system" in run.output()
-        assert [attempt["decision"] for attempt in status["attempts"]] == ["give up"]
+        assert [attempt["decision"] for attempt in status["attempts"]] == ["giveup"]
         assert not run.events("start")
     finally:
         for node in run.cluster.nodes[1:]:

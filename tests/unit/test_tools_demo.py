@@ -44,7 +44,8 @@ def test_the_table_keeps_every_value_on_one_line(
     monkeypatch.setenv("COLUMNS", "80")
     out = Path("runs/demo")
     outcome = {"loss_first": 7.25, "loss_last": 0.0007, "tokens_per_second": 12345.6, "exact_match": 0.99,
-               "export_bytes": 2_000_000, "logit_max_diff": 1.2e-6, "seconds": 301.2}  # fmt: skip
+               "exact_match_int8": 0.98, "export_bytes": 2_000_000, "logit_max_diff": 1.2e-6,
+               "seconds": 301.2}  # fmt: skip
     demo._table(outcome, out, out / "model", out / "model-int8")
     lines = capsys.readouterr().out.splitlines()
     for name, value in (("model", "runs/demo/model"), ("int8 model", "runs/demo/model-int8")):

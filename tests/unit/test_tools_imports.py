@@ -24,7 +24,7 @@ FORMATS = {
     "trainer.model.remote_code",  # code of a model runs in one way only
 }
 FILES = [
-    *(ROOT / "tools" / f"{name}.py" for name in ("adapter", "artefact", "chat", "eval", "export", "int8", "models")),
+    *(ROOT / "tools" / f"{name}.py" for name in ("adapter", "artefact", "chat", "export", "int8", "models")),
     *(ROOT / "tools" / f"{name}.py" for name in ("proof", "quantize", "serve", "verify", "diff", "merge", "push")),
     *(ROOT / "tools" / f"{name}.py" for name in ("checkpoint_tensors", "export_proof", "model_card", "model_tensors")),
     ROOT / "tools" / "signing.py",
