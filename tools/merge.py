@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 METHODS = ("linear", "slerp", "ties")
 DTYPES = ("float32", "bfloat16", "float16")
-INSTALL = "pip install 'steadfast[merge]'"
+INSTALL = "pip install -e '.[merge]'"
 SHARD_BYTES = 5 * 10**9
 
 MergeTensors = Callable[..., "torch.Tensor"]

@@ -1,11 +1,15 @@
 """Make a smaller model and say what it lost.
 
-    steadfast quantize out/model out/int8 --scheme int8 --data heldout.jsonl
+    steadfast quantize out/model out/int8 --scheme int8 --data out/store/validation
+    steadfast quantize out/model out/w4 --scheme w4a16-gptq --calibrate out/store --data heldout.jsonl --max-kl 0.1
+    steadfast quantize out/model out/gguf --scheme gguf-q8_0 --llama-cpp ~/llama.cpp
 
-int8: every weight matrix but the head becomes one byte a weight with one scale per output channel; activations keep
-their dtype. The result is loaded again and compared with the original before it gets its name: share of positions
-with the same first choice, and the KL divergence of the next-token distributions. `steadfast serve`, `steadfast eval`
-and tools.models.load_model read it; plain transformers refuses it (it looks for files of other names).
+int8 needs nothing else: `steadfast serve`, `steadfast eval` and tools.models.load_model read it. The others of
+compressed-tensors (for vLLM, SGLang and transformers with that package) are made by llm-compressor, in an environment
+of its own that is made at the first use; pruned models are plain ones with zeros. The result is loaded again by a fresh
+process, generates, and is compared with the original on --data before it gets its name: perplexity of both, KL
+divergence of the next-token distributions, share of positions with the same first choice (quality.json). With --max-kl
+a model that lost more is not kept (exit code 1).
 """
 
 from __future__ import annotations
@@ -15,28 +19,22 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.errors import DataError, MissingInputError, UsageError
+from tools.quantizing.schemes import SCHEMES
+from trainer.errors import NotEqualError, UsageError
 
 if TYPE_CHECKING:
-    import numpy as np
-    import torch
+    from collections.abc import Callable
 
-    from tools.proof import Distance
+    from tools.quantizing.quality import Quality
 
-SCHEMES = ("int8",)
-MAX_PROMPTS = 64
-SHARD_BYTES = 5 * 10**9
-# Not F16: products with unscaled int8 values leave its range.
-READABLE = ("F32", "BF16")
-# Used when the model brings no probes and the user no data: enough to see a broken model, not to judge a good one.
-BUILT_IN_TEXTS = (
-    "The quick brown fox jumps over the lazy dog, and nobody is surprised any more.",
-    "What is 17 plus 25? The sum is 42, because 7 plus 5 is 12: write 2, carry 1.",
-    "北京是中国的首都。今天天气很好，我们去公园散步吧。",
-)
+CALIBRATION_ROWS = 256
+MOST_ROWS = 64
+GROUP = 128
+QUALITY_NAME = "quality.json"
 
 
 @dataclass(frozen=True)
@@ -45,233 +43,227 @@ class QuantizeReport:
 
     out: str
     scheme: str
-    layers: int
-    """Linear layers that were quantized."""
+    layers: int | None
+    """Linear layers that were made smaller, where that is known."""
     bytes_before: int
     """Bytes of all weight files."""
     bytes_after: int
-    top1_agreement: float
-    """Share of positions where both models rank the same token first."""
-    mean_kl: float
-    """KL(original || quantized) in nats, mean over positions."""
-    max_kl: float
-    positions: int
+    quality: Quality | None
+    """None when nothing here can load the result (GGUF)."""
     prompts: int
     prompts_from: str
     seconds: float
 
 
+@dataclass(frozen=True)
+class _Maker:
+    """How a scheme is made and looked at."""
+
+    write: Callable[[Path], int | None]
+    """Fills a directory; returns the number of layers."""
+    expected_bytes: int
+    compare: Callable[[Path, Sequence[Sequence[int]]], Quality] | None
+
+
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the command line of `steadfast quantize`."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    width = max(map(len, SCHEMES))
+    parser.epilog = "schemes:\n" + "\n".join(f"  {name:<{width}}  {each.meaning}" for name, each in SCHEMES.items())
     parser.add_argument("model", type=Path, metavar="MODEL", help="model directory with safetensors weights")
     parser.add_argument("out", type=Path, metavar="OUT", help="directory to make; must not exist")
-    parser.add_argument("--scheme", choices=SCHEMES, required=True, help="how weights are stored")
+    parser.add_argument("--scheme", choices=SCHEMES, required=True, metavar="SCHEME", help="see below")
     parser.add_argument(
         "--data",
         type=Path,
-        metavar="FILE",
-        help=f"compare on this too: JSONL rows with messages or text, or a plain text file; first {MAX_PROMPTS} rows",
+        metavar="PATH",
+        help=f"compare on this: a token store, JSONL rows with messages or text, or a text file; {MOST_ROWS} rows",
     )
+    parser.add_argument("--max-kl", type=float, metavar="NATS", help="mean KL divergence that is still accepted")
+    parser.add_argument("--calibrate", type=Path, metavar="PATH", help="rows to calibrate on, as --data")
+    parser.add_argument(
+        "--calibration-rows", type=int, default=CALIBRATION_ROWS, metavar="N", help=f"(default {CALIBRATION_ROWS})"
+    )
+    parser.add_argument("--environment", type=Path, metavar="DIR", help="environment that has llm-compressor")
+    parser.add_argument("--llama-cpp", type=Path, metavar="DIR", help="checkout of llama.cpp, for GGUF")
+    parser.add_argument("--gguf-pre", metavar="NAME", help="tokenizer of llama.cpp that cuts words as the model's does")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Quantize and print what was lost."""
-    from tools.artefact import readable_bytes
+    from tools.models import check_model_directory, load_tokenizer
+    from tools.quantizing.texts import ids_of
 
-    texts = read_texts(arguments.data) if arguments.data else None
-    report = quantize_model(arguments.model, arguments.out, arguments.scheme, texts)
+    if arguments.calibration_rows < 1:
+        raise UsageError(f"--calibration-rows {arguments.calibration_rows} is less than 1", "give a positive number")
+    check_model_directory(arguments.model)
+    tokenizer = load_tokenizer(arguments.model)
+    report = quantize_model(
+        arguments.model,
+        arguments.out,
+        arguments.scheme,
+        None if arguments.data is None else ids_of(arguments.data, tokenizer, MOST_ROWS),
+        calibration=arguments.calibrate and ids_of(arguments.calibrate, tokenizer, arguments.calibration_rows),
+        max_kl=arguments.max_kl,
+        environment=arguments.environment,
+        llama_cpp=arguments.llama_cpp,
+        gguf_pre=arguments.gguf_pre,
+    )
     if arguments.json:
         print(json.dumps(asdict(report)))
         return 0
-    print(
-        f"quantized {report.layers} layers to {report.scheme} in {report.seconds:.1f} s: weights "
-        f"{readable_bytes(report.bytes_before)} -> {readable_bytes(report.bytes_after)} "
-        f"({report.bytes_after / report.bytes_before:.0%})"
-    )
-    print(
-        f"against the original on {report.prompts} prompts ({report.prompts_from}), {report.positions} positions: "
-        f"same first choice {report.top1_agreement:.2%}, KL mean {report.mean_kl:.2e} max {report.max_kl:.2e} nats"
-    )
-    if report.prompts_from == "built-in sentences":
-        print("these sentences only show that the model works; --data measures it on your own")
-    print(f"next: steadfast serve {report.out}")
+    _show(report)
     return 0
 
 
 def quantize_model(
-    model: Path, out: Path, scheme: str = "int8", texts: Sequence[str | Sequence[dict[str, Any]]] | None = None
+    model: Path,
+    out: Path,
+    scheme: str = "int8",
+    held_out: Sequence[Sequence[int]] | None = None,
+    *,
+    calibration: Sequence[Sequence[int]] | None = None,
+    max_kl: float | None = None,
+    environment: Path | None = None,
+    llama_cpp: Path | None = None,
+    gguf_pre: str | None = None,
 ) -> QuantizeReport:
-    """Write the quantized form of the model directory `model` to the new directory `out`.
+    """Write the smaller form of the model directory `model` to the new directory `out`.
 
-    `texts` are plain strings or conversations (lists of messages) to compare on, beside the probes in `proof.json`.
-    Raises UsageError for a model that is quantized already, DataError when a weight is not finite or the result gives
-    logits that are not, CannotWriteError when `out` exists or its disk is too small. After an error `out` is not there.
+    `held_out` are token ids to compare on, beside the probes in `proof.json`; `calibration` those that the scheme may
+    need. Raises UsageError for a model that is quantized already or a scheme that lacks something, DataError when a
+    weight is not finite or the result gives logits that are not, NotEqualError when it lost more than `max_kl`,
+    CannotWriteError when `out` exists or its disk is too small. After an error `out` is not there.
     """
-    from tools.artefact import copy_files, describe, new_directory, tensor_bytes, write_manifest, write_weights
-    from tools.int8 import quantized_layers
+    from tools.artefact import copy_files, describe, new_directory, refuse_existing, write_manifest
     from tools.models import (
-        INT8_STEM,
-        QUANTIZATION_NAME,
         WEIGHT_SUFFIXES,
         check_model_directory,
         is_quantized,
-        load_config,
-        load_model,
         load_tokenizer,
-        model_on_meta,
         quiet_transformers,
         weight_files,
     )
-    from tools.proof import distance
     from trainer.durable import write_file
 
     started = time.monotonic()
-    if scheme not in SCHEMES:
-        raise UsageError(f"there is no scheme '{scheme}'", f"choose {', '.join(SCHEMES)}")
+    refuse_existing(out)
     check_model_directory(model)
-    if is_quantized(model):
+    if is_quantized(model) or "quantization_config" in json.loads((model / "config.json").read_bytes()):
         raise UsageError(f"{model} is quantized already", "quantize the export it was made from")
     quiet_transformers()
-    files = weight_files(model, "model")
-    layers = quantized_layers(model_on_meta(load_config(model)))
-    absent = [name for name in layers if f"{name}.weight" not in files]
-    if absent:
-        raise DataError(f"{model} has no weight {absent[0]}.weight", "give a complete model in the transformers layout")
-    if not layers:
-        raise DataError(f"{model} has no linear layers that {scheme} covers", "serve it as it is")
-    plan = _plan(files, {f"{name}.weight" for name in layers})
-    prompts, prompts_from = _prompts(model, load_tokenizer(model), texts)
-    with new_directory(out, tensor_bytes(plan)) as building:
-        entries = write_weights(building, INT8_STEM, plan, _Reader(files, plan), SHARD_BYTES)
+    before = sum(path.stat().st_size for path in set(weight_files(model, "model").values()))
+    prompts, prompts_from = _prompts(model, load_tokenizer(model), held_out)
+    maker = _maker(model, scheme, calibration, environment, llama_cpp, gguf_pre)
+    if max_kl is not None and maker.compare is None:
+        raise UsageError(f"nothing here loads {scheme}, so --max-kl cannot be held", "drop --max-kl")
+    with new_directory(out, maker.expected_bytes) as building:
+        layers = maker.write(building)
         skipped = (*WEIGHT_SUFFIXES, "manifest.json", "proof.json", "README.md")
-        small_files = [path for path in sorted(model.iterdir()) if path.is_file() and not path.name.endswith(skipped)]
-        entries |= copy_files(small_files, building)
-        about: dict[str, Any] = {"scheme": scheme, "layers": layers, "scales": "per output channel, symmetric"}
-        write_file(building / QUANTIZATION_NAME, json.dumps(about, indent=1) + "\n")
+        made = {path.name for path in building.iterdir()}
+        kept = [path for path in sorted(model.iterdir()) if path.is_file() and not path.name.endswith(skipped)]
+        copy_files([path for path in kept if path.name not in made], building)
         # Done only when it was loaded from disk and has answered; a broken file fails here and never gets its name.
-        lost = distance(load_model(model)[0], load_model(building)[0], prompts)
-        about["compared_with_original"] = asdict(lost) | {"prompts": len(prompts), "prompts_from": prompts_from}
-        write_file(building / QUANTIZATION_NAME, json.dumps(about, indent=1) + "\n")
-        entries[QUANTIZATION_NAME] = describe(building / QUANTIZATION_NAME)
-        write_file(building / "README.md", _model_card(out.name, model, lost, prompts_from))
-        entries["README.md"] = describe(building / "README.md")
+        quality = maker.compare(building, prompts) if maker.compare is not None else None
+        if quality is not None and max_kl is not None and not quality.mean_kl <= max_kl:
+            raise NotEqualError(
+                f"{scheme} loses {quality.mean_kl:.3g} nats (mean KL, {prompts_from}) where {max_kl:g} is allowed",
+                "nothing was written; choose a gentler scheme, or calibrate on more rows",
+            )
+        about = {"scheme": scheme, "prompts": len(prompts), "prompts_from": prompts_from, "max_kl": max_kl}
+        lost = {} if quality is None else asdict(quality)
+        write_file(building / QUALITY_NAME, json.dumps(about | lost, indent=1) + "\n")
+        write_file(building / "README.md", _model_card(out.name, model, scheme, quality, prompts_from))
+        entries = {path.name: describe(path) for path in sorted(building.iterdir())}
         write_manifest(building, entries, {"kind": "quantized model", "scheme": scheme, "made_from": _origin(model)})
-    before = sum(path.stat().st_size for path in set(files.values()))
-    after = sum(entry.bytes for name, entry in entries.items() if name.endswith(".safetensors"))
+    after = sum(entry.bytes for name, entry in entries.items() if name.endswith((".safetensors", ".gguf")))
     return QuantizeReport(
         out=str(out),
         scheme=scheme,
-        layers=len(layers),
+        layers=layers,
         bytes_before=before,
         bytes_after=after,
-        top1_agreement=lost.top1_agreement,
-        mean_kl=lost.mean_kl,
-        max_kl=lost.max_kl,
-        positions=lost.positions,
+        quality=quality,
         prompts=len(prompts),
         prompts_from=prompts_from,
         seconds=time.monotonic() - started,
     )
 
 
-def read_texts(path: Path) -> list[str | list[dict[str, Any]]]:
-    """What to compare on: the `messages` or `text` of the rows of a .jsonl file, the paragraphs of any other."""
-    from tools.chat import read_rows
+def _maker(
+    model: Path,
+    scheme: str,
+    calibration: Sequence[Sequence[int]] | None,
+    environment: Path | None,
+    llama_cpp: Path | None,
+    gguf_pre: str | None,
+) -> _Maker:
+    import torch
 
-    texts: list[str | list[dict[str, Any]]] = []
-    if path.suffix != ".jsonl":
-        if not path.is_file():
-            raise MissingInputError(f"{path} is not a file", "give a .jsonl or a plain text file")
-        try:
-            content = path.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path} is not UTF-8", "convert it, e.g. with iconv") from error
-        paragraphs = [part.strip() for part in content.split("\n\n")]
-        texts += [part for part in paragraphs if part][:MAX_PROMPTS]
-        return texts
-    for number, row in enumerate(read_rows(path, MAX_PROMPTS), 1):
-        if isinstance(row.get("messages"), list):
-            texts.append(row["messages"])
-        elif isinstance(row.get("text"), str):
-            texts.append(row["text"])
-        else:
-            raise DataError(f"{path}, row {number}: neither messages nor text", "give one of both in every row")
-    return texts
+    if scheme not in SCHEMES:
+        raise UsageError(f"there is no scheme '{scheme}'", f"choose {', '.join(SCHEMES)}")
+    if SCHEMES[scheme].needs_gpu and not torch.cuda.is_available():
+        raise UsageError(f"llm-compressor makes {scheme} on a GPU only, and there is none", "choose w4a16-gptq")
+    if SCHEMES[scheme].calibrated and not calibration:
+        raise UsageError(f"{scheme} is calibrated on rows like those of training", "give some: --calibrate STORE")
+    if SCHEMES[scheme].maker == "embedded":
+        from tools.quantizing.weight_only import WeightOnly
 
+        int8 = WeightOnly(model)
+        return _Maker(int8.write, int8.expected_bytes, partial(_compare_here, model))
+    if SCHEMES[scheme].maker == "llama.cpp":
+        from tools.quantizing.gguf import Gguf
 
-def _plan(files: dict[str, Path], quantized: set[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    from safetensors import safe_open
+        gguf = Gguf(model, scheme.removeprefix("gguf-"), llama_cpp, gguf_pre)
+        return _Maker(gguf.write, gguf.expected_bytes, None)
+    if scheme.startswith("w4a16"):
+        _refuse_odd_widths(model, scheme)
+    from tools.quantizing import compressed
+    from tools.quantizing.environment import python_of
 
-    plan: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for name, path in files.items():
-        with safe_open(path, framework="pt") as file:
-            piece = file.get_slice(name)
-            shape = tuple(piece.get_shape())
-            dtype = str(piece.get_dtype())
-        if name not in quantized:
-            plan[name] = (dtype, shape)
-            continue
-        if dtype not in READABLE or len(shape) != 2:
-            raise DataError(f"{path}: {name} is {dtype} with shape {shape}", "give a model in float32 or bfloat16")
-        plan[name] = ("I8", shape)
-        plan[f"{name}_scale"] = ("F32", (shape[0],))
-    return plan
+    python = python_of(environment)
+    rows = calibration if calibration and SCHEMES[scheme].calibrated else ()
+    return _Maker(
+        lambda building: compressed.compress(python, model, building, scheme, rows),
+        sum(file.stat().st_size for file in model.glob("*.safetensors")),
+        partial(compressed.compare, python, model),
+    )
 
 
-class _Reader:
-    """Gives the tensors of the new file in order; keeps the scales of the matrix just given, nothing else."""
+def _refuse_odd_widths(model: Path, scheme: str) -> None:
+    """UsageError for a layer whose inputs groups of weights with one scale do not divide."""
+    from tools.int8 import quantized_layers
+    from tools.models import load_config, model_on_meta
 
-    def __init__(self, files: dict[str, Path], plan: dict[str, tuple[str, tuple[int, ...]]]) -> None:
-        self._files = files
-        self._plan = plan
-        self._scale: torch.Tensor | None = None
-
-    def __call__(self, name: str) -> np.ndarray[Any, Any]:
-        import torch
-        from safetensors import safe_open
-
-        from tools.int8 import quantize_rows
-
-        if name not in self._files and self._scale is not None:
-            scale: np.ndarray[Any, Any] = self._scale.numpy()
-            return scale
-        with safe_open(self._files[name], framework="pt") as file:
-            tensor = file.get_tensor(name)
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise DataError(f"{self._files[name]}: {name} holds values that are not finite", "export an earlier step")
-        if self._plan[name][0] == "I8" and tensor.is_floating_point():
-            tensor, self._scale = quantize_rows(tensor)
-        if tensor.dtype == torch.bfloat16:
-            tensor = tensor.view(torch.int16)
-        result: np.ndarray[Any, Any] = tensor.contiguous().numpy()
-        return result
+    network = model_on_meta(load_config(model))
+    for name in quantized_layers(network):
+        if (inputs := int(network.get_submodule(name).in_features)) % GROUP:
+            raise UsageError(
+                f"{model}: {name} has {inputs} inputs, which the groups of {GROUP} weights of {scheme} do not divide",
+                "choose w8a8, fp8 or int8",
+            )
 
 
-def _prompts(
-    model: Path, tokenizer: Any, texts: Sequence[str | Sequence[dict[str, Any]]] | None
-) -> tuple[list[list[int]], str]:
+def _compare_here(model: Path, changed: Path, prompts: Sequence[Sequence[int]]) -> Quality:
+    from tools.models import load_model
+    from tools.quantizing.quality import quality
+
+    return quality(load_model(model)[0], load_model(changed)[0], prompts)
+
+
+def _prompts(model: Path, tokenizer: Any, held_out: Sequence[Sequence[int]] | None) -> tuple[list[list[int]], str]:
     """Token ids to compare on, and where they come from."""
-    from tools.chat import Prompts
+    from tools.quantizing.texts import BUILT_IN_TEXTS, encoded, probes_of
 
-    prompts: list[list[int]] = []
-    origins = []
-    proof = model / "proof.json"
-    if proof.is_file():
-        try:
-            prompts += [[int(token) for token in row] for row in json.loads(proof.read_bytes())["prompts"]]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{proof} is not readable", "export the model again") from error
+    prompts, origins = probes_of(model), []
+    if prompts:
         origins.append("its probes")
-    for text in texts or ():
-        if isinstance(text, str):
-            prompts.append(tokenizer.encode(text))
-            continue
-        prompts.append(list(tokenizer(Prompts(tokenizer).text(text), add_special_tokens=False)["input_ids"]))
-    if texts:
+    if held_out:
+        prompts += [list(row) for row in held_out]
         origins.append("your data")
     if not prompts:
-        return [tokenizer.encode(text) for text in BUILT_IN_TEXTS], "built-in sentences"
+        return [encoded(text, tokenizer) for text in BUILT_IN_TEXTS], "built-in sentences"
     return prompts, " and ".join(origins)
 
 
@@ -286,11 +278,43 @@ def _origin(model: Path) -> dict[str, Any]:
     return origin
 
 
-def _model_card(name: str, model: Path, lost: Distance, prompts_from: str) -> str:
-    return (
-        f"# {name}\n\nint8 weights of `{model.resolve().name}`, made by `steadfast quantize`: one byte a weight, one "
-        "scale per output channel; embeddings and head as they were. Read it with `steadfast serve`, `steadfast eval` "
-        "or `tools.models.load_model`; plain transformers finds no weights under its own names and says so.\n\n"
-        f"Against the original ({prompts_from}, {lost.positions} positions): same first choice at "
-        f"{lost.top1_agreement:.2%}, KL mean {lost.mean_kl:.2e}, max {lost.max_kl:.2e} nats.\n"
+_READERS = {
+    "embedded": "Read it with `steadfast serve`, `steadfast eval` or `tools.models.load_model`; plain transformers "
+    "finds no weights under its own names and says so.",
+    "llm-compressor": "Read it with vLLM, SGLang, or transformers with compressed-tensors installed.",
+    "llama.cpp": "Read it with llama.cpp, or `steadfast serve FILE.gguf`.",
+}
+
+
+def _model_card(name: str, model: Path, scheme: str, quality: Quality | None, prompts_from: str) -> str:
+    lost = (
+        "It was not loaded here."
+        if quality is None
+        else f"Against the original ({prompts_from}, {quality.positions} positions): same first choice at "
+        f"{quality.top1_agreement:.2%}, KL mean {quality.mean_kl:.2e}, 99th percentile {quality.p99_kl:.2e}, max "
+        f"{quality.max_kl:.2e} nats; perplexity {quality.perplexity_before:.4g} -> {quality.perplexity_after:.4g}."
     )
+    made = f"`{model.resolve().name}` as {scheme} ({SCHEMES[scheme].meaning}), made by `steadfast quantize`"
+    return f"# {name}\n\n{made}. {_READERS[SCHEMES[scheme].maker]}\n\n{lost}\n"
+
+
+def _show(report: QuantizeReport) -> None:
+    from tools.artefact import readable_bytes
+
+    layers = "" if report.layers is None else f"{report.layers} layers, "
+    print(
+        f"{report.scheme} in {report.seconds:.1f} s: {layers}weights {readable_bytes(report.bytes_before)} -> "
+        f"{readable_bytes(report.bytes_after)} ({report.bytes_after / report.bytes_before:.0%})"
+    )
+    if (lost := report.quality) is None:
+        print("not loaded here: what it lost is not known")
+        return
+    print(
+        f"against the original on {report.prompts} prompts ({report.prompts_from}), {lost.positions} positions: same "
+        f"first choice {lost.top1_agreement:.2%}; KL mean {lost.mean_kl:.2e}, 99 % {lost.p99_kl:.2e}, max "
+        f"{lost.max_kl:.2e} nats; perplexity {lost.perplexity_before:.4g} -> {lost.perplexity_after:.4g}"
+    )
+    if report.prompts_from == "built-in sentences":
+        print("these sentences only show that the model works; --data measures it on your own")
+    if SCHEMES[report.scheme].maker == "embedded":
+        print(f"next: steadfast serve {report.out}")

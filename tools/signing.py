@@ -14,7 +14,7 @@ from typing import Any
 from tools.artefact import SIGNATURE_NAME
 from trainer.errors import DataError, MissingInputError, NotEqualError, UsageError
 
-INSTALL = "pip install 'steadfast[sign]'"
+INSTALL = "pip install -e '.[sign]'"
 
 
 def require_signing() -> None:

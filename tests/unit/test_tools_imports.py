@@ -25,7 +25,7 @@ FORMATS = {
 }
 FILES = [
     *(ROOT / "tools" / f"{name}.py" for name in ("adapter", "artefact", "chat", "export", "int8", "models")),
-    *(ROOT / "tools" / f"{name}.py" for name in ("proof", "quantize", "serve", "verify", "diff", "merge", "push")),
+    *(ROOT / "tools" / f"{name}.py" for name in ("quantize", "serve", "verify", "diff", "merge", "push")),
     *(ROOT / "tools" / f"{name}.py" for name in ("checkpoint_tensors", "export_proof", "model_card", "model_tensors")),
     ROOT / "tools" / "signing.py",
     # The cluster application alone is about Ray.

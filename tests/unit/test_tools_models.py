@@ -253,7 +253,7 @@ def test_signing_without_the_extra_is_refused_before_the_work(
 ) -> None:
     monkeypatch.setitem(sys.modules, "model_signing", None)
     assert command("export", exported.parent / "run", tmp_path / "out", "--sign", tmp_path / "key") == 2
-    assert "steadfast[sign]" in capsys.readouterr().err
+    assert ".[sign]" in capsys.readouterr().err
 
 
 class Recording(MemoryFileSystem):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -14,10 +15,17 @@ from tests.support.models import save_tiny_model, tiny_model, tiny_tokenizer
 from tools.artefact import parse_size
 from tools.int8 import quantize_rows
 from tools.models import load_model
-from tools.quantize import quantize_model, read_texts
-from trainer.errors import CannotWriteError, DataError, MissingInputError, SteadfastError, UsageError
+from tools.quantize import quantize_model
+from tools.quantizing.quality import quality
+from tools.quantizing.schemes import SCHEMES
+from tools.quantizing.texts import encoded, ids_of, read_texts
+from trainer.errors import CannotWriteError, DataError, MissingInputError, NotEqualError, SteadfastError, UsageError
 
 CHAT = [[{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}], "plain text"]
+
+
+def ids_of_chat() -> list[list[int]]:
+    return [encoded(text, tiny_tokenizer()) for text in CHAT]
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +35,7 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def artefact(export: Path) -> Path:
-    quantize_model(export, export.parent / "int8", texts=CHAT)
+    quantize_model(export, export.parent / "int8", held_out=ids_of_chat())
     return export.parent / "int8"
 
 
@@ -44,7 +52,7 @@ def test_rows_are_off_by_half_a_scale_at_most() -> None:
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_loaded_artefact_computes_what_the_dequantised_model_computes(tmp_path: Path, tied: bool) -> None:
     export = save_tiny_model(tmp_path / "export", seed=2, tied=tied)
-    report = quantize_model(export, tmp_path / "int8", texts=CHAT)
+    report = quantize_model(export, tmp_path / "int8", held_out=ids_of_chat())
     assert report.layers == 14
     assert report.bytes_after < report.bytes_before
     quantized, _ = load_model(tmp_path / "int8")
@@ -91,7 +99,7 @@ def test_buffers_that_share_a_module_with_weights_leave_the_weights_alone(tmp_pa
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "export")
     tokenizer.save_pretrained(tmp_path / "export")
     report = quantize_model(tmp_path / "export", tmp_path / "int8")
-    assert report.max_kl < 1e-3
+    assert report.quality.max_kl < 1e-3
     plain, _ = load_model(tmp_path / "export")
     quantized, _ = load_model(tmp_path / "int8")
     assert torch.equal(plain.model.embed_tokens.weight, quantized.model.embed_tokens.weight)
@@ -120,15 +128,15 @@ def test_a_bfloat16_export_keeps_its_dtype_in_the_file_and_runs_in_float32_on_a_
 def test_the_numbers_say_what_was_lost(export: Path, tmp_path: Path) -> None:
     (export / "proof.json").write_text(json.dumps({"prompts": [[5, 6, 7, 8], [9, 10]]}))
     try:
-        report = quantize_model(export, tmp_path / "int8", texts=["abc"])
+        report = quantize_model(export, tmp_path / "int8", held_out=[encoded("abc", tiny_tokenizer())])
     finally:
         (export / "proof.json").unlink()
     assert report.prompts == 3
-    assert report.positions == 4 + 2 + 3
-    assert 0 < report.mean_kl <= report.max_kl < 0.1
-    assert report.top1_agreement > 0.7
-    about = json.loads((tmp_path / "int8" / "quantization.json").read_text())
-    assert about["compared_with_original"]["mean_kl"] == report.mean_kl
+    assert report.quality.positions == 4 + 2 + 3
+    assert 0 < report.quality.mean_kl <= report.quality.max_kl < 0.1
+    assert report.quality.top1_agreement > 0.7
+    about = json.loads((tmp_path / "int8" / "quality.json").read_text())
+    assert about["mean_kl"] == report.quality.mean_kl
     assert not (tmp_path / "int8" / "proof.json").exists()
 
 
@@ -236,3 +244,104 @@ def test_sizes_are_parsed() -> None:
     for text in ("", "GB", "5XB", "-1GB", "0"):
         with pytest.raises(UsageError):
             parse_size(text)
+
+
+def test_a_scheme_says_what_it_lacks(export: Path, tmp_path: Path) -> None:
+    for scheme, options, said in (
+        ("w4a16-gptq", {}, "w4a16-gptq is calibrated on rows like those of training; give some: --calibrate STORE"),
+        ("gguf-q8_0", {}, "GGUF needs a checkout of llama.cpp"),
+        ("gguf-f16", {"llama_cpp": tmp_path, "max_kl": 1.0}, "has no convert_hf_to_gguf.py"),
+        ("w2", {}, "there is no scheme 'w2'"),
+        ("w4a16-rtn", {}, "self_attn.q_proj has 32 inputs, which the groups of 128 weights of w4a16-rtn do not"),
+        ("fp8", {"environment": tmp_path}, "is no environment of Python; make one: python3 -m venv"),
+    ):
+        with pytest.raises(SteadfastError) as error:
+            quantize_model(export, tmp_path / "out", scheme, **options)
+        assert said in str(error.value)
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_lost_too_much_is_not_kept(export: Path, tmp_path: Path) -> None:
+    lost = quantize_model(export, tmp_path / "kept", held_out=ids_of_chat(), max_kl=1.0).quality
+    assert lost is not None
+    assert 0 < lost.mean_kl <= lost.p99_kl <= lost.max_kl
+    assert lost.perplexity_before == pytest.approx(lost.perplexity_after, rel=0.05)
+    with pytest.raises(NotEqualError, match="where 1e-12 is allowed"):
+        quantize_model(export, tmp_path / "lost", held_out=ids_of_chat(), max_kl=1e-12)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept"]
+
+
+def test_quality_is_that_of_the_formulas(export: Path) -> None:
+    """Against itself a model loses nothing; against another one the sums are those of torch, position by position."""
+    first, _ = load_model(export)
+    other = tiny_model(tiny_tokenizer(), seed=9)
+    rows = [[5, 6, 7, 8, 9], [10, 11]]
+    same = quality(first, first, rows)
+    assert (same.top1_agreement, same.max_kl) == (1.0, 0.0)
+    assert same.perplexity_before == same.perplexity_after
+    found = quality(first, other, rows)
+    divergences, losses = [], 0.0
+    with torch.no_grad():
+        for row in rows:
+            one, two = (torch.log_softmax(model(torch.tensor([row])).logits[0], -1) for model in (first, other))
+            divergences += torch.nn.functional.kl_div(two, one, log_target=True, reduction="none").sum(-1).tolist()
+            losses -= sum(float(two[place, token]) for place, token in enumerate(row[1:]))
+    assert found.mean_kl == pytest.approx(sum(divergences) / 7, rel=1e-5)
+    assert found.max_kl == pytest.approx(max(divergences), rel=1e-5)
+    assert found.perplexity_after == pytest.approx(math.exp(losses / 5), rel=1e-5)
+
+
+def test_rows_of_a_store_are_its_documents(store, tmp_path: Path) -> None:
+    from trainer.data.encode.tokenizer import load_tokenizer
+
+    rows = ids_of(store.path, load_tokenizer(store.tokenizer_path), 5)
+    chosen = [number * store.n_documents // 5 for number in range(5)]
+    assert rows == [store.document(number)[0].tolist() for number in chosen]
+    with pytest.raises(DataError, match="another tokenizer"):
+        ids_of(store.path, tiny_tokenizer(), 5)
+
+
+def test_an_environment_that_cannot_be_made_leaves_nothing(
+    export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    with pytest.raises(MissingInputError, match=r"could not be installed .* --environment: python3 -m venv DIR"):
+        quantize_model(export, tmp_path / "out", "fp8")
+    assert [path.suffix for path in (tmp_path / "cache/steadfast").iterdir()] == [".lock"]
+    assert not (tmp_path / "out").exists()
+
+
+def save_wide_model(directory: Path) -> Path:
+    """Wide enough for groups of 128 weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = tiny_tokenizer()
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes, initializer_range=0.1)).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("scheme", [name for name, each in SCHEMES.items() if each.maker == "llm-compressor"])
+def test_what_llm_compressor_makes_is_close_and_loads(tmp_path: Path, scheme: str) -> None:
+    """In the environment of the user's cache, which the first of these makes: gigabytes from the package index."""
+    if SCHEMES[scheme].needs_gpu and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    rows = [[4 + (7 * row + place) % 250 for place in range(48)] for row in range(32)]
+    export = save_wide_model(tmp_path / "export")
+    report = quantize_model(export, tmp_path / "out", scheme, rows[:8], calibration=rows)
+    assert report.quality is not None
+    # Of random weights half are as large as any other: without them a model is another one.
+    assert report.quality.mean_kl < (5.0 if scheme.startswith("sparse24") else 0.2)
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    if not scheme.startswith("sparse24"):
+        assert config["quantization_config"]["quant_method"] == "compressed-tensors"
+        assert config["quantization_config"]["ignore"] == ["lm_head"]
+        return
+    weight = load_file(tmp_path / "out/model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+    assert ((weight.reshape(-1, 4) != 0).sum(1) <= 2).all()
