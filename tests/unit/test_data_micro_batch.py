@@ -63,10 +63,10 @@ def test_it_is_what_a_simple_assembly_gives(store: TokenStore, spec: dict[str, i
 def test_memory_is_used_again_only_when_nobody_holds_it(store: TokenStore) -> None:
     plan = store.plan()
     assembler = Assembler(store, plan)
-    layouts = look_up(store, plan, range(plan.n_rows))
+    layouts = look_up(store, plan, np.arange(plan.n_rows)[:, None])
 
     def make(row: int) -> MicroBatch:
-        return assembler.assemble(layouts[row : row + 1])
+        return assembler.assemble(layouts[row])
 
     held = make(0)
     view = make(1).targets[0, 5:]

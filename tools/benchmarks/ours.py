@@ -176,7 +176,7 @@ def read(store: str, batch_size: int, rows: int, ahead: bool) -> Facts:
     `ahead`: as training reads, in a thread that prepares the next steps; else in the caller, as the others are read.
     """
     from tools.benchmarks.readers import measured_pass
-    from trainer.data.feed import ROWS_LOOKED_UP_AT_ONCE
+    from trainer.data.feed import ROWS_AT_ONCE
     from trainer.data.micro_batch import Assembler, look_up
     from trainer.data.order import GlobalOrder
     from trainer.data.store.reader import open_store
@@ -194,11 +194,10 @@ def read(store: str, batch_size: int, rows: int, ahead: bool) -> Facts:
             return
         order = GlobalOrder(rows, 1).rows_at(np.arange(rows))
         assembler = Assembler(opened, plan)
-        at_once = batch_size * max(1, ROWS_LOOKED_UP_AT_ONCE // batch_size)
+        at_once = batch_size * max(1, ROWS_AT_ONCE // batch_size)
         for begin in range(0, rows, at_once):
-            layouts = look_up(opened, plan, order[begin : begin + at_once])
-            for first in range(0, len(layouts), batch_size):
-                batch = assembler.assemble(layouts[first : first + batch_size])
+            for layout in look_up(opened, plan, order[begin : begin + at_once].reshape(-1, batch_size)):
+                batch = assembler.assemble(layout)
                 yield from_numpy(batch.input_ids), from_numpy(batch.targets), from_numpy(batch.position_ids)
 
     return measured_pass(batches)

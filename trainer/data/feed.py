@@ -29,8 +29,8 @@ from trainer.data.store.reader import TokenStore
 from trainer.errors import DataError
 
 STEPS_AHEAD = 2
-ROWS_ORDERED_AT_ONCE = 1024
-ROWS_LOOKED_UP_AT_ONCE = 256
+ROWS_AT_ONCE = 1024
+"""Whose order, and whose places in the store, are found together."""
 CLOSE_SECONDS = 10.0
 
 
@@ -130,8 +130,8 @@ class Feed:
         assembler = Assembler(self._store, self._plan)
         # The order costs about as much for a thousand positions as for one, and so does looking up where rows lie. But
         # that opens their shards, and those of a store at a URL are fetched for one step after the other.
-        ordered = max(1, ROWS_ORDERED_AT_ONCE // size)
-        looked_up = 1 if self._store.is_remote else max(1, ROWS_LOOKED_UP_AT_ONCE // size)
+        ordered = max(1, ROWS_AT_ONCE // size)
+        looked_up = 1 if self._store.is_remote else ordered
         while True:
             steps = self._order.rows_at(np.arange(position, position + ordered * size)).reshape(ordered, size)
             for begin in range(0, ordered, looked_up):
@@ -139,9 +139,9 @@ class Feed:
                 if self._store.is_remote:
                     self._expect(position, some[0])
                 dealt = np.stack([deal(rows, self._micro_batch_size, self._rank, self._world_size) for rows in some])
-                layouts = iter(look_up(self._store, self._plan, dealt.reshape(-1)))
+                layouts = iter(look_up(self._store, self._plan, dealt.reshape(-1, self._micro_batch_size)))
                 for rows, mine in zip(some, dealt, strict=True):
-                    micro_batches = [assembler.assemble([*islice(layouts, len(micro_batch))]) for micro_batch in mine]
+                    micro_batches = [assembler.assemble(layout) for layout in islice(layouts, len(mine))]
                     if position not in self._quarantined:
                         yield self._step(position, rows, micro_batches)
                     position += size
@@ -223,7 +223,7 @@ def evaluation_batches(
     rows = np.arange(count, dtype=np.int64) * plan.n_rows // max(count, 1)
     assembler = Assembler(store, plan)
     for mine in deal(rows, micro_batch_size, rank, world_size):
-        yield assembler.assemble(look_up(store, plan, mine))
+        yield assembler.assemble(look_up(store, plan, mine[None])[0])
 
 
 def deal(rows: NDArray[np.int64], micro_batch_size: int, rank: int, world_size: int) -> NDArray[np.int64]:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any, NamedTuple, TypeVar
+from itertools import pairwise, repeat
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,7 @@ from trainer.data.store.shards import take_parts
 IGNORED = -100
 LENGTH_MULTIPLE = 16
 EMPTY_ROW = -1
-Part = TypeVar("Part")
+Columns = list[list[int]]
 
 
 @dataclass(frozen=True)
@@ -41,31 +41,32 @@ class MicroBatch:
     position_ids: NDArray[np.int64]
 
 
-class RowLayout(NamedTuple):
-    """What one row is made of; all numbers but those of shards are counted in tokens.
+class BatchLayout(NamedTuple):
+    """What one micro-batch is made of. Tokens are counted from the begin of its first row, row after row.
 
-    `pieces` are (shard, begin in its ids, begin in the row, end in the row), `targets` (begin, end) in the row of what
-    is to be predicted, and `samples` the size of each sample, one after another from the begin of the row.
+    Each is some lists of one length: `pieces` (shard, begin in its ids, begin, end), `targets` (begin, end) of what is
+    to be predicted, `samples` (begin, end), and `tails` (begin, end) of the padding of each row that has some.
     """
 
-    pieces: Sequence[tuple[int, int, int, int]] = ()
-    targets: Sequence[tuple[int, int]] = ()
-    samples: Sequence[int] = ()
+    rows: int
+    row_length: int
+    pieces: Columns
+    targets: Columns
+    samples: Columns
+    tails: Columns
 
 
-def look_up(store: TokenStore, plan: RowPlan, rows: Sequence[int] | NDArray[np.int64]) -> list[RowLayout]:
-    """The layout of every row (EMPTY_ROW: of an empty one). Opens the shards that these rows come from.
+def look_up(store: TokenStore, plan: RowPlan, batches: NDArray[np.int64]) -> list[BatchLayout]:
+    """The layout of each micro-batch; `batches` are rows of the plan, or EMPTY_ROW, [micro-batches, rows of each].
 
-    Raises as `TokenStore.shard`.
+    Opens the shards that these rows come from. Raises as `TokenStore.shard`.
     """
-    wanted = np.asarray(rows, dtype=np.int64)
+    wanted = batches.reshape(-1)
     filled = np.flatnonzero(wanted != EMPTY_ROW)
-    if not len(filled):
-        return [RowLayout()] * len(wanted)
     chosen = take_parts(plan.row_offsets, wanted[filled])
     samples = plan.row_samples[chosen]
-    counts = plan.row_offsets[wanted[filled] + 1] - plan.row_offsets[wanted[filled]]
-    # Every column below has a value for each sample, and `row` is the index of its row in `rows`.
+    counts = (plan.row_offsets[wanted[filled] + 1] - plan.row_offsets[wanted[filled]]).astype(np.int64)
+    # Every column below has a value for each sample, and `row` is the index of its row in `wanted`.
     row = np.repeat(filled, counts)
     start, stop, first_target, head = (
         getattr(plan, name)[samples].astype(np.int64) for name in ("start", "stop", "first_target", "head")
@@ -73,8 +74,12 @@ def look_up(store: TokenStore, plan: RowPlan, rows: Sequence[int] | NDArray[np.i
     shard, local = store.locate(plan.document[samples])
     size = head + stop - start
     ends = np.cumsum(size)
-    at = ends - size
-    at -= np.repeat(at[np.cumsum(counts) - counts], counts)
+    used = np.zeros(len(wanted), dtype=np.int64)
+    used[filled] = np.diff(ends[np.cumsum(counts) - 1], prepend=0)
+    lengths = _row_lengths(plan, used.reshape(batches.shape))
+    row_begin = (np.arange(batches.shape[1]) * lengths[:, None]).reshape(-1)
+    # Samples of a row follow each other; `ends` counts as if all rows did, without padding.
+    at = ends - size + (row_begin - (np.cumsum(used) - used))[row]
     origin, owner, spans = _from_shards(store, shard, local)
 
     begin = np.maximum(spans[0], first_target[owner])
@@ -82,25 +87,44 @@ def look_up(store: TokenStore, plan: RowPlan, rows: Sequence[int] | NDArray[np.i
     inside = begin < end
     owner = owner[inside]
     shift = (at + head - start)[owner]
-    targets = zip((begin[inside] + shift).tolist(), (end[inside] + shift).tolist(), strict=True)
 
-    piece_row = row
-    columns = [shard, origin + start, at + head, at + size]
+    batch = row // batches.shape[1]
+    piece_batch = batch
+    pieces = [shard, origin + start, at + head, at + size]
     if head.any():
         heads = np.flatnonzero(head)
-        piece_row = np.concatenate([row, row[heads]])
         pinned = (shard, origin, at, at + head)
-        columns = [np.concatenate([body, other[heads]]) for body, other in zip(columns, pinned, strict=True)]
-        in_rows = np.lexsort((columns[2], piece_row))
-        columns = [column[in_rows] for column in columns]
-        piece_row = piece_row[in_rows]
-    pieces = zip(*(column.tolist() for column in columns), strict=True)
-    parts = (
-        _by_row(piece_row, list(pieces), len(wanted)),
-        _by_row(row[owner], list(targets), len(wanted)),
-        _by_row(row, size.tolist(), len(wanted)),
+        piece_batch = np.concatenate([batch, batch[heads]])
+        in_order = np.argsort(piece_batch, kind="stable")
+        piece_batch = piece_batch[in_order]
+        pieces = [np.concatenate([body, each[heads]])[in_order] for body, each in zip(pieces, pinned, strict=True)]
+    row_end = row_begin + np.repeat(lengths, batches.shape[1])
+    short = np.flatnonzero(row_begin + used < row_end)
+    count = len(batches)
+    return list(
+        map(
+            BatchLayout,
+            repeat(batches.shape[1]),
+            lengths.tolist(),
+            _by_batch(piece_batch, pieces, count),
+            _by_batch(batch[owner], [begin[inside] + shift, end[inside] + shift], count),
+            _by_batch(batch, [at, at + size], count),
+            _by_batch(short // batches.shape[1], [(row_begin + used)[short], row_end[short]], count),
+        )
     )
-    return list(map(RowLayout, *parts))
+
+
+def _row_lengths(plan: RowPlan, used: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Length of the rows of each micro-batch, from the tokens of its rows.
+
+    Packed rows have the plan's sequence length. Unpacked rows are padded to the longest of them, rounded up to a
+    multiple of 16 and never beyond the sequence length.
+    """
+    if plan.spec.packing:
+        return np.full(len(used), plan.sequence_length, dtype=np.int64)
+    longest = np.maximum(used.max(axis=1), 1)
+    rounded: NDArray[np.int64] = -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+    return np.minimum(rounded, plan.sequence_length)
 
 
 def _from_shards(
@@ -108,6 +132,8 @@ def _from_shards(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """Where each document begins in its shard's ids; of all supervised spans the owner, ascending, and [2, spans]."""
     origin = np.empty(len(shard), dtype=np.int64)
+    if not len(shard):
+        return origin, origin, np.empty((2, 0), dtype=np.int64)
     owners, spans = [], []
     by_shard = np.argsort(shard, kind="stable")
     numbers, first = np.unique(shard[by_shard], return_index=True)
@@ -125,10 +151,11 @@ def _from_shards(
     return origin, owner[in_order], edges[:, in_order]
 
 
-def _by_row(rows: NDArray[np.int64], parts: list[Part], count: int) -> list[list[Part]]:
-    """The parts of each of `count` rows; `rows` says, ascending, to which row each part belongs."""
-    edges = np.searchsorted(rows, np.arange(count + 1)).tolist()
-    return [parts[begin:end] for begin, end in pairwise(edges)]
+def _by_batch(batch: NDArray[np.int64], columns: Sequence[NDArray[np.int64]], count: int) -> list[Columns]:
+    """The columns, cut into those of each of `count` micro-batches; `batch`, ascending, says whose a value is."""
+    edges = np.searchsorted(batch, np.arange(count + 1)).tolist()
+    lists = [column.tolist() for column in columns]
+    return [[column[begin:end] for column in lists] for begin, end in pairwise(edges)]
 
 
 class Assembler:
@@ -139,68 +166,51 @@ class Assembler:
 
     def __init__(self, store: TokenStore, plan: RowPlan) -> None:
         self._store = store
-        self._spec = plan.spec
         self._padding_id = store.padding_id
         self._count_up = np.arange(plan.sequence_length).data
         self._memory = _Memory()
         # Ids as narrow as the store keeps them; made when it is known how narrow.
         self._narrow: NDArray[Any] = np.empty(0, dtype=np.uint32)
 
-    def assemble(self, rows: Sequence[RowLayout]) -> MicroBatch:
-        """The micro-batch of these rows.
-
-        Packed rows have the plan's sequence length. Unpacked rows are padded to the longest of them, rounded up to a
-        multiple of 16 and never beyond the sequence length.
-        """
-        length = self._row_length(rows)
-        shape = (len(rows), length)
-        input_ids, targets, position_ids = (self._memory.take(len(rows) * length) for _ in range(3))
-        input_ids[:] = self._ids(rows, length)
+    def assemble(self, layout: BatchLayout) -> MicroBatch:
+        """The micro-batch of this layout."""
+        total = layout.rows * layout.row_length
+        input_ids, targets, position_ids = (self._memory.take(total) for _ in range(3))
+        input_ids[:] = self._ids(layout, total)
         targets.fill(IGNORED)
         # A slice of a memory view is copied in half the time that a slice of an array takes.
         ids, predicted, positions, count_up = input_ids.data, targets.data, position_ids.data, self._count_up
-        for row_begin, row in zip(range(0, len(ids), length), rows, strict=True):
-            # What stands at p is predicted at p - 1.
-            for begin, end in row.targets:
-                predicted[row_begin + begin - 1 : row_begin + end - 1] = ids[row_begin + begin : row_begin + end]
-            at, row_end = row_begin, row_begin + length
-            for size in row.samples:
-                positions[at : at + size] = count_up[:size]
-                at += size
-            positions[at:row_end] = count_up[: row_end - at]
+        # What stands at p is predicted at p - 1.
+        for begin, end in zip(*layout.targets, strict=True):
+            predicted[begin - 1 : end - 1] = ids[begin:end]
+        for segments in (layout.samples, layout.tails):
+            for begin, end in zip(*segments, strict=True):
+                positions[begin:end] = count_up[: end - begin]
+        shape = (layout.rows, layout.row_length)
         return MicroBatch(input_ids.reshape(shape), targets.reshape(shape), position_ids.reshape(shape))
 
-    def _ids(self, rows: Sequence[RowLayout], length: int) -> NDArray[Any]:
+    def _ids(self, layout: BatchLayout, total: int) -> NDArray[Any]:
         """Ids of the rows, one after another; overwritten by the next call."""
-        numbers = {piece[0] for row in rows for piece in row.pieces}
-        arrays = {number: self._store.shard(number)["ids"] for number in numbers}
+        arrays = {number: self._store.shard(number)["ids"] for number in set(layout.pieces[0])}
         for ids in arrays.values():
             if self._narrow.dtype != ids.dtype:
                 self._narrow = np.empty(0, dtype=ids.dtype)
-        total = len(rows) * length
         if len(self._narrow) < total:
             self._narrow = np.empty(total, dtype=self._narrow.dtype)
         found = self._narrow[:total]
         views = {number: ids.data for number, ids in arrays.items()}
         target = found.data
-        for row_begin, row in zip(range(0, total, length), rows, strict=True):
-            end = 0
-            for shard, source, begin, end in row.pieces:
-                target[row_begin + begin : row_begin + end] = views[shard][source : source + end - begin]
-            if end < length:
-                found[row_begin + end : row_begin + length] = self._padding_id
+        for shard, source, begin, end in zip(*layout.pieces, strict=True):
+            target[begin:end] = views[shard][source : source + end - begin]
+        for begin, end in zip(*layout.tails, strict=True):
+            found[begin:end] = self._padding_id
         return found
-
-    def _row_length(self, rows: Sequence[RowLayout]) -> int:
-        if self._spec.packing:
-            return self._spec.sequence_length
-        longest = max((sum(row.samples) for row in rows), default=0) or 1
-        return min(-(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, self._spec.sequence_length)
 
 
 def make_micro_batch(store: TokenStore, plan: RowPlan, rows: Sequence[int] | NDArray[np.int64]) -> MicroBatch:
     """One micro-batch by itself; who makes many keeps an `Assembler`. Raises as `TokenStore.shard`."""
-    return Assembler(store, plan).assemble(look_up(store, plan, rows))
+    (layout,) = look_up(store, plan, np.asarray(rows, dtype=np.int64)[None])
+    return Assembler(store, plan).assemble(layout)
 
 
 class _Memory:
