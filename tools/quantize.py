@@ -49,7 +49,7 @@ class QuantizeReport:
     """Bytes of all weight files."""
     bytes_after: int
     quality: Quality | None
-    """None when nothing here can load the result (GGUF)."""
+    """None when nothing here can load the result (GGUF without llama-cpp-python)."""
     prompts: int
     prompts_from: str
     seconds: float
@@ -157,7 +157,9 @@ def quantize_model(
     prompts, prompts_from = _prompts(model, load_tokenizer(model), held_out)
     maker = _maker(model, scheme, calibration, environment, llama_cpp, gguf_pre)
     if max_kl is not None and maker.compare is None:
-        raise UsageError(f"nothing here loads {scheme}, so --max-kl cannot be held", "drop --max-kl")
+        raise UsageError(
+            f"nothing here loads {scheme}, so --max-kl cannot be held", "pip install llama-cpp-python, or drop --max-kl"
+        )
     with new_directory(out, maker.expected_bytes) as building:
         layers = maker.write(building)
         skipped = (*WEIGHT_SUFFIXES, "manifest.json", "proof.json", "README.md")
@@ -213,10 +215,10 @@ def _maker(
         int8 = WeightOnly(model)
         return _Maker(int8.write, int8.expected_bytes, partial(_compare_here, model))
     if SCHEMES[scheme].maker == "llama.cpp":
-        from tools.quantizing.gguf import Gguf
+        from tools.quantizing import gguf
 
-        gguf = Gguf(model, scheme.removeprefix("gguf-"), llama_cpp, gguf_pre)
-        return _Maker(gguf.write, gguf.expected_bytes, None)
+        file = gguf.Gguf(model, scheme.removeprefix("gguf-"), llama_cpp, gguf_pre)
+        return _Maker(file.write, file.expected_bytes, partial(gguf.compare, model) if gguf.can_load() else None)
     if scheme.startswith("w4a16"):
         _refuse_odd_widths(model, scheme)
     from tools.quantizing import compressed
@@ -288,7 +290,7 @@ _READERS = {
 
 def _model_card(name: str, model: Path, scheme: str, quality: Quality | None, prompts_from: str) -> str:
     lost = (
-        "It was not loaded here."
+        "It was not loaded: neither its answers nor its token ids were compared with the original's."
         if quality is None
         else f"Against the original ({prompts_from}, {quality.positions} positions): same first choice at "
         f"{quality.top1_agreement:.2%}, KL mean {quality.mean_kl:.2e}, 99th percentile {quality.p99_kl:.2e}, max "
@@ -307,7 +309,8 @@ def _show(report: QuantizeReport) -> None:
         f"{readable_bytes(report.bytes_after)} ({report.bytes_after / report.bytes_before:.0%})"
     )
     if (lost := report.quality) is None:
-        print("not loaded here: what it lost is not known")
+        print("warning: not loaded here, so neither its answers nor its token ids were compared with the original's")
+        print("pip install llama-cpp-python, and quantize again, to know what it lost")
         return
     print(
         f"against the original on {report.prompts} prompts ({report.prompts_from}), {lost.positions} positions: same "

@@ -345,3 +345,18 @@ def test_what_llm_compressor_makes_is_close_and_loads(tmp_path: Path, scheme: st
         return
     weight = load_file(tmp_path / "out/model.safetensors")["model.layers.0.mlp.up_proj.weight"]
     assert ((weight.reshape(-1, 4) != 0).sum(1) <= 2).all()
+
+
+def test_other_token_ids_than_the_tokenizers_are_refused(export: Path) -> None:
+    from types import SimpleNamespace
+
+    from tools.quantizing.gguf import _same_tokens
+
+    tokenizer = tiny_tokenizer()
+
+    def same(text: bytes, **_: bool) -> list[int]:
+        return [int(token) for token in tokenizer(text.decode(), add_special_tokens=False)["input_ids"]]
+
+    _same_tokens(tokenizer, SimpleNamespace(tokenize=same), export)
+    with pytest.raises(DataError, match=r"llama.cpp cuts text into other tokens .* \(token 0 of 'The quick"):
+        _same_tokens(tokenizer, SimpleNamespace(tokenize=lambda text, **more: [5, *same(text)]), export)

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 from trainer.errors import DataError, MissingInputError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from tools.quantizing.quality import Quality
 
 CONVERTER, QUANTIZER = "convert_hf_to_gguf.py", "llama-quantize"
 _UNKNOWN_TOKENIZER = "BPE pre-tokenizer was not recognized"
@@ -75,6 +84,67 @@ class Gguf:
             )
         said = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()] or ["it said nothing"]
         raise DataError(f"{Path(command[-1] if command[0] != sys.executable else CONVERTER).name}: {said[-1]}")
+
+
+def can_load() -> bool:
+    """Whether llama-cpp-python is installed here."""
+    return importlib.util.find_spec("llama_cpp") is not None
+
+
+def compare(model: Path, directory: Path, prompts: Sequence[Sequence[int]]) -> Quality:
+    """How close the GGUF file in `directory` is to `model`, with llama-cpp-python.
+
+    Raises DataError when llama.cpp cuts text into other tokens than the model's tokenizer: it would answer, worse, and
+    nobody would know why.
+    """
+    import llama_cpp
+
+    from tools.models import load_model
+    from tools.quantizing.quality import MAX_PROMPT_TOKENS, quality
+
+    original, tokenizer = load_model(model, device="cpu")
+    (file,) = directory.glob("*.gguf")
+    try:
+        loaded = llama_cpp.Llama(str(file), n_ctx=MAX_PROMPT_TOKENS, logits_all=True, verbose=False)
+    except ValueError as error:
+        raise DataError(
+            f"llama.cpp does not load {file.name}", "its architecture or tokenizer is not known there"
+        ) from error
+    _same_tokens(tokenizer, loaded, model)
+    return quality(original, _Logits(loaded), prompts)
+
+
+class _Logits:
+    """A model of llama.cpp, called like one of transformers."""
+
+    def __init__(self, loaded: Any) -> None:
+        self._loaded = loaded
+
+    def __call__(self, input_ids: torch.Tensor) -> Any:
+        import torch
+
+        ids = input_ids[0].tolist()
+        self._loaded.reset()
+        self._loaded.eval(ids)
+        return SimpleNamespace(logits=torch.tensor(self._loaded.scores[: len(ids)])[None])
+
+
+def _same_tokens(tokenizer: Any, loaded: Any, model: Path) -> None:
+    from tools.chat import Prompts
+    from tools.quantizing.texts import BUILT_IN_TEXTS
+
+    texts = list(BUILT_IN_TEXTS)
+    if tokenizer.chat_template:
+        texts.append(Prompts(tokenizer).text([{"role": "user", "content": BUILT_IN_TEXTS[1]}], prompt=True))
+    for text in texts:
+        ours = [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
+        theirs = loaded.tokenize(text.encode(), add_bos=False, special=True)
+        if ours != theirs:
+            place = next((n for n, (one, other) in enumerate(zip(ours, theirs, strict=False)) if one != other), 0)
+            raise DataError(
+                f"llama.cpp cuts text into other tokens than the tokenizer of {model} (token {place} of {text!r:.40})",
+                "this tokenizer cannot be served from GGUF; with --gguf-pre try another name",
+            )
 
 
 def _quantizer_of(llama_cpp: Path) -> str:
