@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from importlib import import_module
 from pathlib import Path
 from socket import gethostname
 
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 
 from tests.support.corpora import message_rows, tiny_store
+from trainer.cli import run_command
 from trainer.config.load import config_from_text
 from trainer.config.schema import Config
 from trainer.data.feed import Feed, StepBatch
@@ -366,6 +368,35 @@ def test_http(local: TokenStore, tmp_path: Path) -> None:
         finally:
             server.shutdown()
             thread.join()
+
+
+def test_commands_look_at_a_store_at_a_url(
+    local: TokenStore, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    # As the store was built.
+    monkeypatch.setattr(packing, "LOOKAHEAD", 8)
+    monkeypatch.setattr(packing, "OPEN_ROWS", 4)
+
+    def said(*words: object) -> tuple[int, str]:
+        code = run_command({"data": ("trainer.data.command", "")}, import_module, ["data", *map(str, words)])
+        return code, "".join(capsys.readouterr())
+
+    for words in (("inspect", "--json", "--rows", 3), ("card",), ("verify",)):
+        here, there = (said(words[0], place, *words[1:]) for place in (local.path, url))
+        assert here[0] == there[0] == 0, there
+        assert there[1] == here[1].replace(str(local.path), url)
+    assert said("diff", local.path, url)[0] == 0
+    assert said("leakage", local.path, url)[0] == DataError.exit_code
+    assert said("export", url, tmp_path / "rows.parquet", "--to", "parquet")[0] == 0
+    (shard,) = [file["name"] for file in local.manifest["files"] if file["name"].startswith("tokens/tok-00003")]
+    content = bytearray((local.path / shard).read_bytes())
+    content[-1] ^= 1
+    damage(url, shard, bytes(content))
+    code, reason = said("verify", url)
+    assert code == DataError.exit_code
+    assert shard in reason
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.parquet"], "what was fetched is removed"
 
 
 def config_of(store: str, tmp_path: Path, **data: object) -> Config:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -47,30 +48,30 @@ def configure(parser: argparse.ArgumentParser) -> None:
     recipe.add_argument("--json", action="store_true", help="print the JSON schema")
 
     inspect = commands.add_parser("inspect", help="show decoded rows with the supervised part marked")
-    inspect.add_argument("store", type=Path, metavar="STORE")
+    inspect.add_argument("store", metavar="STORE", help="directory or URL")
     inspect.add_argument("--rows", type=int, default=2, metavar="N", help="rows to show")
     inspect.add_argument("--first-row", type=int, default=0, metavar="R", help="row to begin with")
     inspect.add_argument("--json", action="store_true", help="print ids, text and spans as JSON")
 
     verify = commands.add_parser("verify", help="check every byte of a store")
-    verify.add_argument("store", type=Path, metavar="STORE")
+    verify.add_argument("store", metavar="STORE", help="directory or URL")
     verify.add_argument("--json", action="store_true", help="print the report as JSON")
 
     card = commands.add_parser("card", help="describe a store: lengths, sources, what was left out, mask examples")
-    card.add_argument("store", type=Path, metavar="STORE")
+    card.add_argument("store", metavar="STORE", help="directory or URL")
     card.add_argument("-o", "--out", type=Path, metavar="FILE.html", help="write HTML instead of printing")
 
     leakage = commands.add_parser("leakage", help="rows that two or more stores share, exactly or nearly")
-    leakage.add_argument("stores", type=Path, nargs="+", metavar="STORE")
+    leakage.add_argument("stores", nargs="+", metavar="STORE", help="directories or URLs")
     leakage.add_argument("--threshold", type=float, default=0.8, help="similarity from which rows are near duplicates")
     leakage.add_argument("--json", action="store_true", help="print the pairs as JSON")
 
     diff = commands.add_parser("diff", help="what differs between two stores")
-    diff.add_argument("stores", type=Path, nargs=2, metavar="STORE")
+    diff.add_argument("stores", nargs=2, metavar="STORE", help="directories or URLs")
     diff.add_argument("--json", action="store_true", help="print the difference as JSON")
 
     export = commands.add_parser("export", help="write a store in a format of other tools")
-    export.add_argument("store", type=Path, metavar="STORE")
+    export.add_argument("store", metavar="STORE", help="directory or URL")
     export.add_argument("out", type=Path, metavar="OUT", help="file or directory to make")
     export.add_argument("--to", choices=EXPORTS, required=True, help="format")
     export.add_argument("--json", action="store_true", help="print the report as JSON")
@@ -163,13 +164,13 @@ def _recipe(arguments: argparse.Namespace) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from trainer.data.store import open_store
+    from trainer.data.store import reading
     from trainer.data.store.inspect import inspect_rows, plain_row, show_rows
     from trainer.data.store.report import source_lines
 
-    store = open_store(arguments.store)
-    rows = inspect_rows(store, arguments.first_row, arguments.rows)
-    manifest = store.manifest
+    with reading(arguments.store) as store:
+        rows = inspect_rows(store, arguments.first_row, arguments.rows)
+        manifest = store.manifest
     if arguments.json:
         summary: dict[str, Any] = {
             name: manifest[name] for name in ("documents", "tokens", "supervised_tokens", "rows", "samples", "plan")
@@ -204,11 +205,12 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 def _card(arguments: argparse.Namespace) -> int:
     from trainer.data.quality.card import card_html, show_card
-    from trainer.data.store import open_store
+    from trainer.data.store import reading
     from trainer.data.store.describe import data_card
     from trainer.durable import write_file
 
-    card = data_card(open_store(arguments.store))
+    with reading(arguments.store) as store:
+        card = data_card(store)
     if arguments.out is None:
         show_card(card)
         return 0
@@ -219,13 +221,14 @@ def _card(arguments: argparse.Namespace) -> int:
 
 def _leakage(arguments: argparse.Namespace) -> int:
     from trainer.data.quality.leakage import find_leaks
-    from trainer.data.store import open_store
+    from trainer.data.store import reading
     from trainer.data.store.describe import leak_lines, store_texts
 
     if len(arguments.stores) < 2:
         raise UsageError("one store leaks nowhere", "give two or more")
-    stores = {str(path): store_texts(open_store(path)) for path in arguments.stores}
-    report = find_leaks(stores, arguments.threshold)
+    with ExitStack() as stack:
+        stores = {place: store_texts(stack.enter_context(reading(place))) for place in arguments.stores}
+        report = find_leaks(stores, arguments.threshold)
     if arguments.json:
         from dataclasses import asdict
 
@@ -237,11 +240,11 @@ def _leakage(arguments: argparse.Namespace) -> int:
 
 
 def _diff(arguments: argparse.Namespace) -> int:
-    from trainer.data.store import open_store
+    from trainer.data.store import reading
     from trainer.data.store.diff import diff_stores
 
-    first, second = arguments.stores
-    found = diff_stores(open_store(first), open_store(second))
+    with reading(arguments.stores[0]) as first, reading(arguments.stores[1]) as second:
+        found = diff_stores(first, second)
     if arguments.json:
         print(json.dumps(found.as_json(), ensure_ascii=False))
     else:
@@ -251,10 +254,11 @@ def _diff(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from trainer.data.store import open_store
+    from trainer.data.store import reading
     from trainer.data.store.interop import export_store
 
-    report = export_store(open_store(arguments.store), arguments.out, arguments.to)
+    with reading(arguments.store) as store:
+        report = export_store(store, arguments.out, arguments.to)
     print(
         json.dumps(report)
         if arguments.json

@@ -21,6 +21,6 @@
 Writing is in `build`, reading in `reader`, from a URL through `remote`.
 """
 
-from trainer.data.store.reader import TokenStore, VerifyReport, open_store, verify_store
+from trainer.data.store.reader import TokenStore, VerifyReport, open_store, reading, verify_store
 
-__all__ = ["TokenStore", "VerifyReport", "open_store", "verify_store"]
+__all__ = ["TokenStore", "VerifyReport", "open_store", "reading", "verify_store"]

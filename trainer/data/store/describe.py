@@ -92,9 +92,9 @@ def _duplicates(store: TokenStore) -> DuplicateFigures:
     """Duplicates that were left out; those that were kept are among the notes."""
     left_out = [source["left_out"]["counts"] for source in store.manifest["sources"]]
     examples: list[DuplicatePair] = []
-    file = store.path / "reports/left_out.jsonl"
-    if file.is_file():
-        with file.open(encoding="utf-8") as stream:
+    report = "reports/left_out.jsonl"
+    if any(file["name"] == report for file in store.manifest["files"]):
+        with store.file(report).open(encoding="utf-8") as stream:
             dropped = (entry for entry in map(json.loads, stream) if "repeats" in entry and not entry["kept"])
             for entry in islice(dropped, PAIRS_SHOWN):
                 kind = "exact" if entry["reason"] == DUPLICATE else "near"

@@ -6,9 +6,11 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,8 @@ from trainer.names import is_plain_path
 
 SCHEMA_VERSION = 2
 MANIFEST = "manifest-00000001.json"
+FETCHED_BYTES = 4 << 30
+"""Most bytes of shards that are kept at a time of a store at a URL that is only looked at."""
 REBUILD = "build the store again, or restore the file from a copy"
 
 
@@ -212,12 +216,7 @@ class TokenStore:
         """
         spec = (spec or self.spec).check()
         if self.has_plan(spec):
-            name = f"plans/{spec.name}.safetensors"
-            if self._cache is not None and self.is_remote:
-                file = self._cache.path(self._remote_file(name))
-            else:
-                file = self.path / name
-            return _read_plan(file, spec)
+            return _read_plan(self.file(f"plans/{spec.name}.safetensors"), spec)
         plan = self.compute_plan(spec) if self._cache is None else self._shared_plan(spec, self._cache)
         if plan.n_rows == 0:
             raise DataError(
@@ -225,6 +224,12 @@ class TokenStore:
                 "see steadfast data inspect",
             )
         return plan
+
+    def file(self, name: str) -> Path:
+        """A file of the manifest on this machine; that of a store at a URL is fetched first, and checked."""
+        if self._cache is not None and self.is_remote:
+            return self._cache.path(self._remote_file(name))
+        return self.path / name
 
     def compute_plan(self, spec: PlanSpec) -> RowPlan:
         """The plan from the documents, never from a stored one; reads offsets and spans of all of them."""
@@ -346,37 +351,58 @@ class VerifyReport:
     fingerprint: str
 
 
-def verify_store(path: Path | str) -> VerifyReport:
+@contextmanager
+def reading(location: Path | str, verify: bool = True) -> Iterator[TokenStore]:
+    """The store at a path or URL, for one look at it; what is fetched of one at a URL is removed afterwards."""
+    if not is_url(location):
+        yield open_store(location, verify)
+        return
+    with (
+        TemporaryDirectory(prefix="steadfast-store-") as directory,
+        closing(ShardCache(Path(directory), FETCHED_BYTES)) as cache,
+    ):
+        yield open_store(location, cache=cache)
+
+
+def verify_store(location: Path | str) -> VerifyReport:
     """Check a store completely: sha256 of every file, ids below the vocabulary size, spans in range, counts.
+
+    Of a store at a URL every file of the manifest is fetched; what else lies there is not seen.
 
     Raises:
         MissingInputError: nothing there, or no store.
         DataError: the first thing that is wrong, with its file.
     """
-    path = Path(path)
-    manifest = read_manifest(path)
-    _check_files(path, manifest["files"], thorough=True)
-    known = {MANIFEST, *(file["name"] for file in manifest["files"])}
-    for file in sorted(path.rglob("*")):
-        if (file.is_symlink() or not file.is_dir()) and str(file.relative_to(path)) not in known:
-            raise DataError(f"{file} does not belong to the store", "remove it")
-    store = TokenStore(str(path), path, manifest)
+    if not is_url(location):
+        path = Path(location)
+        manifest = read_manifest(path)
+        known = {MANIFEST, *(file["name"] for file in manifest["files"])}
+        for found in sorted(path.rglob("*")):
+            if (found.is_symlink() or not found.is_dir()) and str(found.relative_to(path)) not in known:
+                raise DataError(f"{found} does not belong to the store", "remove it")
+    with reading(location, verify=False) as store:
+        return _verified(store)
+
+
+def _verified(store: TokenStore) -> VerifyReport:
+    manifest = store.manifest
     tokens = supervised = 0
-    for file in manifest["files"]:
-        if not file["name"].startswith("tokens/"):
+    for entry in manifest["files"]:
+        file = _checked_file(store.file(entry["name"]), entry, thorough=True)
+        if not entry["name"].startswith("tokens/"):
             continue
-        with read_errors(path):
-            arrays = read_arrays(path / file["name"])
-        _check_shard(path / file["name"], arrays, manifest)
+        with read_errors(file):
+            arrays = read_arrays(file)
+        _check_shard(file, arrays, manifest)
         tokens += len(arrays["ids"])
         spans = arrays["loss_spans"].astype(np.int64)
         supervised += int((spans[:, 1] - spans[:, 0]).sum())
     _check_plan(store)
     for name, counted in (("tokens", tokens), ("supervised_tokens", supervised)):
         if counted != manifest[name]:
-            raise DataError(f"{path} holds {counted} {name}, its manifest says {manifest[name]}", REBUILD)
+            raise DataError(f"{store.location} holds {counted} {name}, its manifest says {manifest[name]}", REBUILD)
     return VerifyReport(
-        path=str(path),
+        path=store.location,
         files=len(manifest["files"]),
         bytes=sum(file["bytes"] for file in manifest["files"]),
         documents=store.n_documents,
@@ -422,16 +448,20 @@ def _checked_manifest(content: bytes, file: str) -> dict[str, Any]:
 
 def _check_files(path: Path, files: Sequence[Mapping[str, Any]], *, thorough: bool) -> None:
     for entry in files:
-        file = path / entry["name"]
-        if not file.is_file():
-            raise DataError(f"{file} is missing", REBUILD)
-        size = file.stat().st_size
-        if size != entry["bytes"]:
-            raise DataError(f"{file} is damaged: {size} bytes instead of {entry['bytes']}", REBUILD)
-        with read_errors(file):
-            intact = sha256_of_file(file) == entry["sha256"] if thorough else xxh3_of_file(file) == entry["xxh3"]
-        if not intact:
-            raise DataError(f"{file} is damaged: its checksum does not match the manifest", REBUILD)
+        _checked_file(path / entry["name"], entry, thorough=thorough)
+
+
+def _checked_file(file: Path, entry: Mapping[str, Any], *, thorough: bool) -> Path:
+    if not file.is_file():
+        raise DataError(f"{file} is missing", REBUILD)
+    size = file.stat().st_size
+    if size != entry["bytes"]:
+        raise DataError(f"{file} is damaged: {size} bytes instead of {entry['bytes']}", REBUILD)
+    with read_errors(file):
+        intact = sha256_of_file(file) == entry["sha256"] if thorough else xxh3_of_file(file) == entry["xxh3"]
+    if not intact:
+        raise DataError(f"{file} is damaged: its checksum does not match the manifest", REBUILD)
+    return file
 
 
 def _check_shard(file: Path, arrays: Mapping[str, NDArray[Any]], manifest: Mapping[str, Any]) -> None:
