@@ -22,6 +22,11 @@ from trainer.errors import DataError
 REPEATS = 8
 
 
+def text_of(row: dict[str, Any]) -> str:
+    """The texts of a conversation as one."""
+    return "\n".join(message["content"] for message in row["messages"])
+
+
 def read_messages(paths: Sequence[Path]) -> tuple[list[dict[str, Any]], int]:
     """Conversations of the user's files as rows with `messages`, and how many others there are.
 
@@ -58,7 +63,6 @@ def chat_template() -> str:
 
 def tokenise(rows: str, tokenizer: str, digests: str, kind: str) -> Facts:
     """Measure texts to ids, or conversations to ids and mask; one digest a row goes to the file `digests`."""
-    from tools.benchmarks.tokenise import text_of
     from trainer.data.encode.fast_tokenizer import Twin, verified_twin
     from trainer.data.encode.templates import Encoder
     from trainer.data.encode.tokenizer import load_tokenizer

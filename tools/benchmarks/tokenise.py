@@ -73,11 +73,6 @@ def _compared(
     return compare(f"{SECTION} {kind}", UNIT, contenders, outcomes, note)
 
 
-def text_of(row: dict[str, Any]) -> str:
-    """The texts of a conversation as one."""
-    return "\n".join(message["content"] for message in row["messages"])
-
-
 def by_datasets(rows: str, tokenizer: str, digests: str, kind: str, batched: bool) -> Facts:
     """Measure `datasets.map` over the tokenizer, or over `apply_chat_template` with the assistant mask.
 
@@ -91,7 +86,7 @@ def by_datasets(rows: str, tokenizer: str, digests: str, kind: str, batched: boo
     loaded = AutoTokenizer.from_pretrained(tokenizer)
     with Path(rows).open(encoding="utf-8") as file:
         found = [json.loads(line) for line in file]
-    data = datasets.Dataset.from_list([{"text": text_of(row)} for row in found] if kind == "texts" else found)
+    data = datasets.Dataset.from_list([{"text": ours.text_of(row)} for row in found] if kind == "texts" else found)
 
     def encode_texts(batch: dict[str, Any]) -> dict[str, Any]:
         return {"input_ids": loaded(batch["text"], add_special_tokens=False)["input_ids"]}

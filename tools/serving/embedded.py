@@ -25,10 +25,12 @@ from typing import TYPE_CHECKING, Any
 from aiohttp import web
 
 from tools.serving.protocol import (
+    MAX_BODY_BYTES,
     Answer,
     Defaults,
     GenerationRequest,
     RequestError,
+    models_list,
     parse_chat_request,
     parse_completion_request,
     usage,
@@ -40,7 +42,6 @@ if TYPE_CHECKING:
     from tools.serving.service import Piece, Service
 
 KEY_VARIABLE = "STEADFAST_ENGINE_KEY"
-MAX_BODY_BYTES = 64 << 20
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -140,12 +141,6 @@ def make_app(service: Service, name: str, facts: dict[str, Any]) -> web.Applicat
     app.router.add_post("/v1/chat/completions", chat)
     app.router.add_post("/v1/completions", complete)
     return app
-
-
-def models_list(name: str, started: int, facts: dict[str, Any]) -> dict[str, Any]:
-    """The answer of /v1/models."""
-    model = {"id": name, "object": "model", "created": started, "owned_by": "steadfast", **facts}
-    return {"object": "list", "data": [model]}
 
 
 async def _answer(

@@ -77,7 +77,7 @@ class Batcher:
 def make_head_app(path: Path, route: str, max_batch: int, context: int | None) -> web.Application:
     """The routes of a model with a head; `route` is `classify` or `embeddings`."""
     from tools.models import load_tokenizer
-    from tools.serving.embedded import MAX_BODY_BYTES, models_list
+    from tools.serving.protocol import MAX_BODY_BYTES, models_list
 
     tokenizer = load_tokenizer(path)
     model, compute = _classifier(path, tokenizer) if route == "classify" else _embedder(path, tokenizer)

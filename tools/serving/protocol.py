@@ -39,6 +39,10 @@ ONLY_AS: dict[str, tuple[Any, ...]] = {
 }
 
 
+MAX_BODY_BYTES = 64 << 20
+"""Of a request to an engine; the gateway allows less."""
+
+
 class RequestError(Exception):
     """A request that cannot be answered as asked: HTTP status and the OpenAI error object's fields."""
 
@@ -316,6 +320,12 @@ class Answer:
 
 def _choice(content: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
     return {"index": 0, **content, "logprobs": None, "finish_reason": finish_reason}
+
+
+def models_list(name: str, started: int, facts: dict[str, Any]) -> dict[str, Any]:
+    """The answer of /v1/models."""
+    model = {"id": name, "object": "model", "created": started, "owned_by": "steadfast", **facts}
+    return {"object": "list", "data": [model]}
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
