@@ -7,7 +7,9 @@ the content that training saw. Merged weights are base + alpha / rank * B A in f
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,8 @@ from trainer.adapter_file import (
 from trainer.checkpoint.slices import Floats, SliceReader
 from trainer.errors import DataError, MissingInputError
 from trainer.weight_files import weights_fingerprint
+
+_BEYOND_LORA = ("use_dora", "use_rslora", "modules_to_save", "bias", "fan_in_fan_out", "rank_pattern", "alpha_pattern")
 
 
 class MergedWeights:
@@ -90,6 +94,42 @@ class AdapterWeights:
     def buffer(self, name: str) -> np.ndarray[Any, Any]:
         """See SliceReader.buffer."""
         return self._reader.buffer(name)
+
+
+class AdapterFile:
+    """A LoRA adapter in peft's format, from anywhere; `config` is what its adapter_config.json says.
+
+    Raises MissingInputError without one, DataError when it is more than the two matrices of plain LoRA.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        config = read_adapter_config(directory)
+        file = directory / f"{STEM}.safetensors"
+        if config is None or not file.is_file():
+            raise MissingInputError(f"{directory} is no adapter: it needs {CONFIG_NAME} and {file.name}", "give one")
+        settings = json.loads((directory / CONFIG_NAME).read_bytes())
+        if more := [name for name in _BEYOND_LORA if settings.get(name) not in (None, False, "none", {}, [])]:
+            raise DataError(f"{directory} uses {more[0]}, which is more than plain LoRA", "merge it with peft")
+        self.config, self._directory, self._file = config, directory, file
+        with safe_open(file, framework="pt") as opened:
+            self._names = set(opened.keys())
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]], base: Path) -> None:
+        """DataError for a matrix that has no place in a model with these `shapes`."""
+        known = {stored_name(part) for name in shapes for part in parameter_names(name.removesuffix(".weight"))}
+        if odd := sorted(self._names - known):
+            raise DataError(f"{self._file}: {odd[0]} has no place in {base}", "give the base it was trained on: --base")
+
+    def merged(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """The weight called `name` with its part of the adapter added, in fp32; others as they are."""
+        down, up = map(stored_name, parameter_names(name.removesuffix(".weight")))
+        if down not in self._names:
+            return weight
+        with safe_open(self._file, framework="pt") as opened:
+            first, second = opened.get_tensor(up).float(), opened.get_tensor(down).float()
+        if (first.shape[0], second.shape[1]) != tuple(weight.shape) or first.shape[1] != second.shape[0]:
+            raise DataError(f"{self._file}: the matrices of {name} do not fit its shape {tuple(weight.shape)}", "")
+        return torch.addmm(weight.float(), first, second, alpha=self.config.scale)
 
 
 def find_base(checkpoint: Path, adapter: AdapterConfig, base: Path | None) -> Path:

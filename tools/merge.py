@@ -1,16 +1,19 @@
-"""Merge models of one architecture into one, by the formulas of mergekit (extra 'merge').
+"""Merge models of one architecture into one, or an adapter into its base.
 
+    steadfast merge out/adapter -o out/model --method lora --base models/base        what peft calls merge_and_unload
     steadfast merge out/a out/b -o out/mean --method linear --weights 0.7 0.3        weighted average
     steadfast merge out/a out/b -o out/between --method slerp --t 0.4                on the arc between them
     steadfast merge out/a out/b -o out/both --method ties --base models/base --density 0.5 --weights 1 1
 
+lora     base + alpha / rank x B A, of an adapter in peft's format (plain LoRA)
 linear   sum of weight x tensor, divided by the sum of the weights (https://arxiv.org/abs/2203.05482)
 slerp    spherical interpolation of two models, tensor by tensor (https://en.wikipedia.org/wiki/Slerp)
 ties     what each model changed against the base, trimmed to the largest `density` of it, summed where the majority of
          the weight agrees on the sign, averaged, added to the base (https://arxiv.org/abs/2306.01708)
 
-Names, shapes and tokenizers must be the same; configuration and tokenizer are those of the first model (ties: of the
-base). One tensor at a time is in memory, computed in fp32. Nobody has trained the result: measure it (steadfast eval).
+All but lora take the formulas of mergekit (extra 'merge'). Names, shapes and tokenizers must be the same; configuration
+and tokenizer are those of the first model (ties: of the base). One tensor at a time is in memory, computed in fp32.
+Nobody has trained the result of an average: measure it (steadfast eval).
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ if TYPE_CHECKING:
 
     from tools.model_tensors import ModelTensors
 
-METHODS = ("linear", "slerp", "ties")
+METHODS = ("lora", "linear", "slerp", "ties")
 DTYPES = ("float32", "bfloat16", "float16")
 INSTALL = "pip install -e '.[merge]'"
 SHARD_BYTES = 5 * 10**9
@@ -75,7 +78,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--weights", type=float, nargs="+", metavar="W", help="linear, ties: one for each model (all 1)"
     )
     parser.add_argument("--t", type=float, metavar="T", help="slerp: 0 is the first model, 1 the second (0.5)")
-    parser.add_argument("--base", type=Path, metavar="MODEL", help="ties: what the models were fine-tuned from")
+    parser.add_argument("--base", type=Path, metavar="MODEL", help="ties, lora: what was fine-tuned")
     parser.add_argument("--density", type=float, metavar="D", help="ties: share of each change that is kept (0.5)")
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: as in the first model)")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
@@ -88,12 +91,15 @@ def run(arguments: argparse.Namespace) -> int:
     recipe = recipe_of(
         arguments.method, len(arguments.models), arguments.weights, arguments.t, arguments.density, arguments.base
     )
-    report = merge_models(arguments.models, arguments.out, recipe, arguments.base, arguments.dtype)
+    if recipe.method == "lora":
+        report = merge_adapter(arguments.models[0], arguments.out, arguments.base, arguments.dtype)
+    else:
+        report = merge_models(arguments.models, arguments.out, recipe, arguments.base, arguments.dtype)
     if arguments.json:
         print(json.dumps(asdict(report)))
         return 0
     print(
-        f"merged {len(report.models)} models by {report.method} into {report.out}: {report.tensors} tensors, "
+        f"merged {', '.join(report.models)} by {report.method} into {report.out}: {report.tensors} tensors, "
         f"{readable_bytes(report.bytes)}, {report.seconds:.1f} s"
     )
     print(f"next: steadfast eval {report.out} beside the models it was made of")
@@ -110,12 +116,17 @@ def recipe_of(
 ) -> Recipe:
     """The recipe that `count` models are merged by; UsageError for what the method cannot or must have."""
     unused: dict[str, dict[str, object]] = {
+        "lora": {"--weights": weights, "--t": t, "--density": density},
         "linear": {"--t": t, "--density": density, "--base": base},
         "slerp": {"--weights": weights, "--density": density, "--base": base},
         "ties": {"--t": t},
     }
     if given := [name for name, value in unused[method].items() if value is not None]:
         raise UsageError(f"{method} does not use {given[0]}", "leave it out")
+    if method == "lora":
+        if count != 1:
+            raise UsageError(f"lora merges one adapter, not {count}", "merge one, and the next into the result")
+        return Recipe(method)
     if method == "slerp":
         if count != 2:
             raise UsageError(f"slerp merges two models, not {count}", "use linear for more")
@@ -144,22 +155,10 @@ def merge_models(
     Raises UsageError when mergekit is not installed, DataError when the models do not fit together or a value is not
     finite, CannotWriteError when `out` exists or its disk is too small. After an error `out` does not exist.
     """
-    from tools.artefact import (
-        copy_files,
-        describe,
-        new_directory,
-        read_manifest,
-        refuse_existing,
-        tensor_bytes,
-        write_manifest,
-        write_shards,
-    )
-    from tools.checkpoint_tensors import FILE_DTYPES
-    from tools.diff import TOKENIZER_FILES
-    from tools.model_card import model_card
+    from tools.artefact import refuse_existing
     from tools.model_tensors import ModelTensors, architecture_shapes, check_inventory
     from tools.models import check_model_directory, is_quantized, load_config, quiet_transformers
-    from trainer.durable import sha256_of_file, write_file
+    from trainer.durable import sha256_of_file
 
     started = time.monotonic()
     refuse_existing(out)
@@ -176,39 +175,123 @@ def merge_models(
         check_inventory(tensors, expected)
     _same_tokenizers(sources)
     first = sources[-1] if base else sources[0]
-    plan = {
-        name: (FILE_DTYPES[dtype] if dtype and opened[0].dtypes[name] in FILE_DTYPES.values() else file_dtype, shape)
-        for (name, shape), file_dtype in zip(opened[0].shapes.items(), opened[0].dtypes.values(), strict=True)
-    }
+    plan = _plan(opened[0], dtype)
     origins = [{"name": path.resolve().name, **_identity(path, sha256_of_file)} for path in sources]
     about = {"kind": "merged model", **asdict(recipe), "made_from": origins, "mergekit": _version(), "dtype": dtype}
+    pieces = _Merger(opened, recipe, bool(base), {name: entry[0] for name, entry in plan.items()}, merge_tensors)
+    sentence = "Merged by Steadfast with the formulas of mergekit. Nobody has trained it: measure it before use."
+    _write(out, plan, pieces, about, config_of=first, tokenizer_of=first, sentence=sentence, expected=expected)
+    return _report(out, recipe.method, models, plan, started)
+
+
+def merge_adapter(adapter: Path, out: Path, base: Path | None = None, dtype: str | None = None) -> MergeReport:
+    """Write the model that the LoRA `adapter` (a directory in peft's format) makes of its base to the directory `out`.
+
+    `base` defaults to the one that the adapter names, `dtype` to the base's. Raises MissingInputError when one of them
+    is not there, DataError for an adapter that is not plain LoRA or does not fit the base; as `merge_models` otherwise.
+    """
+    from tools.adapter import AdapterFile
+    from tools.artefact import refuse_existing
+    from tools.diff import TOKENIZER_FILES
+    from tools.model_tensors import ModelTensors, architecture_shapes, check_inventory
+    from tools.models import check_model_directory, load_config, quiet_transformers
+    from trainer.durable import sha256_of_file
+
+    started = time.monotonic()
+    refuse_existing(out)
+    quiet_transformers()
+    factors = AdapterFile(adapter)
+    base = base or Path(factors.config.base)
+    check_model_directory(base)
+    opened, expected = ModelTensors(base), architecture_shapes(load_config(base))
+    check_inventory(opened, expected)
+    factors.check(opened.shapes, base)
+    plan = _plan(opened, dtype)
+    origins = [{"name": path.resolve().name} for path in (adapter, base)]
+    origins[1] |= _identity(base, sha256_of_file)
+    about = {"kind": "merged model", "method": "lora", "made_from": origins, "dtype": dtype}
+
+    def pieces(name: str) -> Iterator[np.ndarray[Any, Any]]:
+        yield _in_dtype(name, factors.merged(name, opened.whole(name)), plan[name][0])
+
+    own_tokenizer = any((adapter / name).is_file() for name in TOKENIZER_FILES)
+    sentence = f"The adapter {adapter.resolve().name}, merged by Steadfast into {base.resolve().name}."
+    tokenizer_of = adapter if own_tokenizer else base
+    _write(out, plan, pieces, about, config_of=base, tokenizer_of=tokenizer_of, sentence=sentence, expected=expected)
+    return _report(out, "lora", [adapter], plan, started)
+
+
+def _plan(tensors: ModelTensors, dtype: str | None) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """What is written: names, dtypes and shapes of `tensors`, floating-point ones in `dtype` if it is given."""
+    from tools.checkpoint_tensors import FILE_DTYPES
+
+    changed = dict.fromkeys(FILE_DTYPES.values(), FILE_DTYPES[dtype]) if dtype else {}
+    return {
+        name: (changed.get(tensors.dtypes[name], tensors.dtypes[name]), shape) for name, shape in tensors.shapes.items()
+    }
+
+
+def _write(
+    out: Path,
+    plan: dict[str, tuple[str, tuple[int, ...]]],
+    pieces: Callable[[str], Iterator[np.ndarray[Any, Any]]],
+    about: dict[str, Any],
+    *,
+    config_of: Path,
+    tokenizer_of: Path,
+    sentence: str,
+    expected: dict[str, tuple[int, ...]],
+) -> None:
+    from tools.artefact import copy_files, describe, new_directory, tensor_bytes, write_manifest, write_shards
+    from tools.diff import TOKENIZER_FILES
+    from tools.model_card import model_card
+    from tools.model_tensors import ModelTensors, check_inventory
+    from trainer.durable import write_file
+
     with new_directory(out, tensor_bytes(plan), about) as building:
-        pieces = _Merger(opened, recipe, bool(base), {name: entry[0] for name, entry in plan.items()}, merge_tensors)
         entries = write_shards(building, "model", plan, pieces, SHARD_BYTES)
-        kept = [first / name for name in (*TOKENIZER_FILES, "generation_config.json") if (first / name).is_file()]
-        entries |= copy_files(kept, building)
-        config = json.loads((first / "config.json").read_bytes())
-        if dtype:
-            config |= {"dtype": dtype}
+        kept = [tokenizer_of / name for name in TOKENIZER_FILES] + [config_of / "generation_config.json"]
+        entries |= copy_files([file for file in kept if file.is_file()], building)
+        config = json.loads((config_of / "config.json").read_bytes())
+        if about["dtype"]:
+            config |= {"dtype": about["dtype"]}
         write_file(building / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
         entries["config.json"] = describe(building / "config.json")
         check_inventory(ModelTensors(building), expected)
-        facts = {**{key: value for key, value in asdict(recipe).items() if value}, "made from": _names(sources)}
-        sentence = "Merged by Steadfast with the formulas of mergekit. Nobody has trained it: measure it before use."
-        write_file(
-            building / "README.md",
-            model_card(out.name, sentence, facts, "Complete and finite; not compared with anything."),
+        names = ", ".join(origin["name"] for origin in about["made_from"])
+        facts = {name: about[name] for name in ("method", "weights", "t", "density") if about.get(name)}
+        card = model_card(
+            out.name, sentence, {**facts, "made from": names}, "Complete and finite; not compared with anything."
         )
+        write_file(building / "README.md", card)
         entries["README.md"] = describe(building / "README.md")
         write_manifest(building, entries, about)
+
+
+def _report(out: Path, method: str, models: Sequence[Path], plan: dict[str, Any], started: float) -> MergeReport:
+    from tools.artefact import read_manifest
+
     return MergeReport(
         out=str(out),
-        method=recipe.method,
+        method=method,
         models=[str(path) for path in models],
         tensors=len(plan),
         bytes=sum(entry["bytes"] for entry in read_manifest(out)["files"].values()),
         seconds=time.monotonic() - started,
     )
+
+
+def _in_dtype(name: str, values: torch.Tensor, file_dtype: str) -> np.ndarray[Any, Any]:
+    """Values as they are written; DataError when they are not finite. Whole numbers stay what they are."""
+    from tools.checkpoint_tensors import FILE_DTYPES, in_file_dtype, is_finite
+
+    dtype = next((key for key, value in FILE_DTYPES.items() if value == file_dtype), None)
+    if dtype is None:
+        result: np.ndarray[Any, Any] = values.numpy()
+        return result
+    if not is_finite(values):
+        raise DataError(f"{name} is not finite after the merge", "choose other weights")
+    return in_file_dtype(name, values, dtype)
 
 
 class _Merger:
@@ -249,8 +332,6 @@ class _Merger:
     def _merged(self, name: str, parts: Sequence[torch.Tensor]) -> np.ndarray[Any, Any]:
         import torch
 
-        from tools.checkpoint_tensors import FILE_DTYPES, in_file_dtype, is_finite
-
         values = self._merge_tensors(
             parts,
             self._recipe.method,
@@ -259,10 +340,7 @@ class _Merger:
             name=name,
             dtype=torch.float32,
         )
-        if not is_finite(values):
-            raise DataError(f"{name} is not finite after the merge", "choose other weights")
-        dtype = next(key for key, value in FILE_DTYPES.items() if value == self._file_dtypes[name])
-        return in_file_dtype(name, values, dtype)
+        return _in_dtype(name, values, self._file_dtypes[name])
 
     def _common(self, name: str) -> np.ndarray[Any, Any]:
         """A tensor of whole numbers, which all models must share."""

@@ -16,6 +16,7 @@ from tools.adapter import loaded_with
 from tools.artefact import verify_artefact
 from tools.export import export_checkpoint
 from tools.export_proof import examine
+from tools.merge import merge_adapter
 from tools.models import check_model_directory
 from trainer.checkpoint.slices import SliceReader
 from trainer.checkpoint.verify import find_checkpoint
@@ -100,6 +101,25 @@ def test_peft_loads_and_merges_it_to_the_same_model(run: Path, tmp_path: Path) -
     merged = load_file(tmp_path / "model/model.safetensors")
     for name, parameter in model.merge_and_unload().named_parameters():
         assert (parameter - merged[name]).abs().max() < 1e-6
+
+
+def test_an_adapter_merges_into_its_base_afterwards_too(run: Path, tmp_path: Path) -> None:
+    export_checkpoint(run, tmp_path / "adapter", lora="apart", verify=False)
+    export_checkpoint(run, tmp_path / "model", verify=False)
+    report = merge_adapter(tmp_path / "adapter", tmp_path / "merged")
+    assert (report.method, report.tensors) == ("lora", 20)
+    expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "merged"))
+    assert expected.keys() == found.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-6)
+    verify_artefact(tmp_path / "merged")
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+    with pytest.raises(DataError, match="uses use_dora, which is more than plain LoRA; merge it with peft"):
+        merge_adapter(tmp_path / "adapter", tmp_path / "other")
+    with pytest.raises(MissingInputError, match="is no adapter"):
+        merge_adapter(run, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_only_the_base_that_was_trained_with_is_taken(run: Path, tmp_path: Path) -> None:
