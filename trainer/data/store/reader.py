@@ -376,6 +376,8 @@ def verify_store(location: Path | str) -> VerifyReport:
     if not is_url(location):
         path = Path(location)
         manifest = read_manifest(path)
+        # Before anything is opened: what is damaged cannot be read.
+        _check_files(path, manifest["files"], thorough=True)
         known = {MANIFEST, *(file["name"] for file in manifest["files"])}
         for found in sorted(path.rglob("*")):
             if (found.is_symlink() or not found.is_dir()) and str(found.relative_to(path)) not in known:
@@ -388,7 +390,9 @@ def _verified(store: TokenStore) -> VerifyReport:
     manifest = store.manifest
     tokens = supervised = 0
     for entry in manifest["files"]:
-        file = _checked_file(store.file(entry["name"]), entry, thorough=True)
+        file = store.file(entry["name"])
+        if store.is_remote:
+            _check_file(file, entry, thorough=True)
         if not entry["name"].startswith("tokens/"):
             continue
         with read_errors(file):
@@ -448,10 +452,10 @@ def _checked_manifest(content: bytes, file: str) -> dict[str, Any]:
 
 def _check_files(path: Path, files: Sequence[Mapping[str, Any]], *, thorough: bool) -> None:
     for entry in files:
-        _checked_file(path / entry["name"], entry, thorough=thorough)
+        _check_file(path / entry["name"], entry, thorough=thorough)
 
 
-def _checked_file(file: Path, entry: Mapping[str, Any], *, thorough: bool) -> Path:
+def _check_file(file: Path, entry: Mapping[str, Any], *, thorough: bool) -> None:
     if not file.is_file():
         raise DataError(f"{file} is missing", REBUILD)
     size = file.stat().st_size
@@ -461,7 +465,6 @@ def _checked_file(file: Path, entry: Mapping[str, Any], *, thorough: bool) -> Pa
         intact = sha256_of_file(file) == entry["sha256"] if thorough else xxh3_of_file(file) == entry["xxh3"]
     if not intact:
         raise DataError(f"{file} is damaged: its checksum does not match the manifest", REBUILD)
-    return file
 
 
 def _check_shard(file: Path, arrays: Mapping[str, NDArray[Any]], manifest: Mapping[str, Any]) -> None:
