@@ -243,12 +243,17 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     path = directory / MANIFEST_NAME
     if not path.is_file():
         raise MissingInputError(f"{directory} has no {MANIFEST_NAME}", "only models that Steadfast wrote have one")
-    check_sizes(directory)
     text = path.read_bytes()
-    body: dict[str, Any] = json.loads(text)
-    if _manifest_text({key: value for key, value in body.items() if key != SELF_HASH}).encode() != text:
+    try:
+        body: dict[str, Any] = json.loads(text)
+        # Before anything it says is believed: a name that was changed must not blame the file.
+        as_written = _manifest_text({key: value for key, value in body.items() if key != SELF_HASH}).encode() == text
+        names = [str(name) for name in body["files"]]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(f"{path} is not readable", "export or quantize the model again") from error
+    if not as_written:
         raise DataError(f"{path} is not as it was written", "export or quantize the model again")
-    if outside := [name for name in body["files"] if not is_plain_path(name.lstrip("."))]:
+    if outside := [name for name in names if not is_plain_path(name.lstrip("."))]:
         raise DataError(f"{path} names the file {outside[0]!r}", "a model's files lie in its directory")
     return body
 
@@ -260,6 +265,7 @@ def verify_artefact(directory: Path) -> None:
     may lie beside; whether it is good is another question (`tools.signing`).
     """
     files = read_manifest(directory)["files"]
+    check_sizes(directory)
     for file in sorted(directory.rglob("*")):
         if file.is_dir() and not file.is_symlink():
             continue
@@ -287,12 +293,8 @@ def check_sizes(directory: Path) -> None:
     path = directory / MANIFEST_NAME
     if not path.is_file():
         return
-    try:
-        files = {str(name): int(entry["bytes"]) for name, entry in json.loads(path.read_bytes())["files"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is not readable", "export or quantize the model again") from error
-    for name, size in files.items():
-        file = directory / name
+    for name, entry in read_manifest(directory)["files"].items():
+        file, size = directory / name, entry["bytes"]
         if not file.is_file() or file.stat().st_size != size:
             state = f"has {file.stat().st_size} bytes where {path.name} says {size}" if file.is_file() else "is missing"
             raise DataError(f"{file} {state}", "export or quantize the model again, or copy it again")

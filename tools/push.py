@@ -30,12 +30,13 @@ def push(model: Path, url: str) -> None:
     Until its `manifest.json` is there, nobody takes the copy for a model: an older one is removed first. Raises
     UsageError when fsspec knows no such file system, CannotWriteError when the storage keeps failing.
     """
-    from tools.artefact import MANIFEST_NAME, SIGNATURE_NAME, read_manifest
+    from tools.artefact import MANIFEST_NAME, SIGNATURE_NAME, check_sizes, read_manifest
     from trainer.remote import Destination, open_destination
 
     filesystem, root = open_destination(url, "--push")
     there = Destination(filesystem, root, f"{model} stays; steadfast push {model} {url} tries again")
     files = set(read_manifest(model)["files"])
+    check_sizes(model)
     text = (model / MANIFEST_NAME).read_bytes()
     found = there.content(MANIFEST_NAME)
     if found != text:

@@ -311,7 +311,16 @@ def _show(report: QuantizeReport) -> None:
     if (lost := report.quality) is None:
         print("warning: not loaded here, so neither its answers nor its token ids were compared with the original's")
         print("pip install llama-cpp-python, and quantize again, to know what it lost")
-        return
+    else:
+        _show_quality(report, lost)
+    if SCHEMES[report.scheme].maker == "embedded":
+        print(f"next: steadfast serve {report.out}")
+    elif SCHEMES[report.scheme].maker == "llama.cpp":
+        (file,) = Path(report.out).glob("*.gguf")
+        print(f"next: steadfast serve {file}")
+
+
+def _show_quality(report: QuantizeReport, lost: Quality) -> None:
     print(
         f"against the original on {report.prompts} prompts ({report.prompts_from}), {lost.positions} positions: same "
         f"first choice {lost.top1_agreement:.2%}; KL mean {lost.mean_kl:.2e}, 99 % {lost.p99_kl:.2e}, max "
@@ -319,5 +328,3 @@ def _show(report: QuantizeReport) -> None:
     )
     if report.prompts_from == "built-in sentences":
         print("these sentences only show that the model works; --data measures it on your own")
-    if SCHEMES[report.scheme].maker == "embedded":
-        print(f"next: steadfast serve {report.out}")

@@ -1,6 +1,7 @@
 """Is a model directory whole, complete and signed by whom it should be?
 
     steadfast verify out/model                 every byte against manifest.json, every tensor against the architecture
+    steadfast verify out/adapter               adapters and quantized models: every byte
     steadfast verify out/model --key key.pub   and its signature (extra 'sign')
 
 For models that Steadfast exported, merged or quantized; `steadfast checkpoint verify` does it for checkpoints. Exit
@@ -14,6 +15,11 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from trainer.errors import MissingInputError
+
+WHOLE_MODELS = ("model", "merged model")
+"""Kinds of artefacts whose tensors are exactly those of the architecture that config.json names."""
+
 
 @dataclass(frozen=True)
 class VerifyReport:
@@ -23,14 +29,14 @@ class VerifyReport:
     files: int
     bytes: int
     tensors: int | None
-    """Tensors found complete and finite; None for a quantized model, whose tensors are not the architecture's."""
+    """Tensors found complete and finite; None where they are not those of an architecture (quantized, adapter)."""
     signed_by: str | None
     """The public key that was given."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the command line of `steadfast verify`."""
-    parser.add_argument("model", type=Path, metavar="MODEL", help="exported, merged or quantized model")
+    parser.add_argument("model", type=Path, metavar="MODEL", help="exported, merged or quantized model, or adapter")
     parser.add_argument("--key", type=Path, metavar="PUB", help="PEM public key whose owner must have signed it")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
@@ -57,21 +63,22 @@ def verify_model(model: Path, public_key: Path | None = None) -> VerifyReport:
     """
     from tools.artefact import read_manifest, verify_artefact
     from tools.model_tensors import ModelTensors, architecture_shapes, check_inventory
-    from tools.models import check_model_directory, is_quantized, load_config, quiet_transformers
+    from tools.models import load_config, quiet_transformers
     from tools.signing import check_signature
 
     # First, as it knows more: a manifest can be forged together with the files.
     if public_key is not None:
         check_signature(model, public_key)
-    check_model_directory(model)
+    if not model.is_dir():
+        raise MissingInputError(f"{model} is not a directory", "give a model directory, e.g. an export")
     verify_artefact(model)
-    tensors = None
-    if not is_quantized(model):
+    manifest = read_manifest(model)
+    files, tensors = manifest["files"], None
+    if manifest["kind"] in WHOLE_MODELS:
         quiet_transformers()
         found = ModelTensors(model)
         check_inventory(found, architecture_shapes(load_config(model)))
         tensors = len(found.shapes)
-    files = read_manifest(model)["files"]
     return VerifyReport(
         model=str(model),
         files=len(files) + 1,

@@ -20,6 +20,8 @@ from trainer.durable import make_directory
 from trainer.errors import SteadfastError
 
 STEPS, RANKS = 4, 3
+ELEMENTS = 36_000
+"""Of the model: pages enough that what of them is on the disk makes more states than are asked for."""
 
 
 class Meeting:
@@ -55,7 +57,7 @@ def recording(tmp_path_factory) -> Recorder:
                 meeting.exchange(rank, {})
                 continue
             commit_step(
-                checkpoints, step, rank=rank, world_size=RANKS, elements=12_000,
+                checkpoints, step, rank=rank, world_size=RANKS, elements=ELEMENTS,
                 exchange=lambda message: meeting.exchange(rank, message),
             )  # fmt: skip
             if rank == 0:

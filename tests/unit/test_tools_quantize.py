@@ -19,6 +19,7 @@ from tools.quantize import quantize_model
 from tools.quantizing.quality import quality
 from tools.quantizing.schemes import SCHEMES
 from tools.quantizing.texts import encoded, ids_of, read_texts
+from tools.verify import verify_model
 from trainer.errors import CannotWriteError, DataError, MissingInputError, NotEqualError, SteadfastError, UsageError
 
 CHAT = [[{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}], "plain text"]
@@ -345,6 +346,23 @@ def test_what_llm_compressor_makes_is_close_and_loads(tmp_path: Path, scheme: st
         return
     weight = load_file(tmp_path / "out/model.safetensors")["model.layers.0.mlp.up_proj.weight"]
     assert ((weight.reshape(-1, 4) != 0).sum(1) <= 2).all()
+
+
+def test_what_others_read_is_verified_too(artefact: Path, tmp_path: Path) -> None:
+    """A model whose tensors are not those of its architecture: of compressed-tensors, or none but a GGUF file."""
+    from tools.artefact import describe, new_directory, write_manifest
+
+    with new_directory(tmp_path / "gguf", 0) as building:
+        (building / "model.gguf").write_bytes(b"GGUF")
+        shutil.copyfile(artefact / "config.json", building / "config.json")
+        entries = {path.name: describe(path) for path in building.iterdir()}
+        write_manifest(building, entries, {"kind": "quantized model", "scheme": "gguf-q8_0"})
+    for path, files in ((tmp_path / "gguf", 3), (artefact, len(list(artefact.iterdir())))):
+        report = verify_model(path)
+        assert (report.files, report.tensors) == (files, None)
+    (tmp_path / "gguf/model.gguf").write_bytes(b"GGUX")
+    with pytest.raises(DataError, match=r"model\.gguf does not match its sha256"):
+        verify_model(tmp_path / "gguf")
 
 
 def test_other_token_ids_than_the_tokenizers_are_refused(export: Path) -> None:
