@@ -17,8 +17,8 @@ from pathlib import Path
 
 from trainer.errors import MissingInputError
 
-WHOLE_MODELS = ("model", "merged model")
-"""Kinds of artefacts whose tensors are exactly those of the architecture that config.json names."""
+OTHER_TENSORS = ("quantized model", "adapter")
+"""Kinds of artefacts whose tensors are not those of the architecture that config.json names."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def verify_model(model: Path, public_key: Path | None = None) -> VerifyReport:
     verify_artefact(model)
     manifest = read_manifest(model)
     files, tensors = manifest["files"], None
-    if manifest["kind"] in WHOLE_MODELS:
+    if manifest.get("kind") not in OTHER_TENSORS:
         quiet_transformers()
         found = ModelTensors(model)
         check_inventory(found, architecture_shapes(load_config(model)))

@@ -185,16 +185,7 @@ def _train_watched(
     engine: Any = build_engine(config, world, run, device, kind)
     if watch.faults.poisons:
         engine = PoisonedEngine(engine, watch.faults.take_poison)
-    feed = Feed(
-        store,
-        rows,
-        order=data.order,
-        global_batch_size=config.train.global_batch_size,
-        micro_batch_size=config.train.micro_batch_size,
-        rank=world.rank,
-        world_size=world.world_size,
-        quarantined=quarantined(run, world),
-    )
+    feed = _feed(config, world, data, quarantined(run, world))
     check_model(
         engine,
         store.vocabulary_size,
@@ -220,24 +211,14 @@ def _train_watched(
         allow_changes=allowed.changes,
     ).restore()
     state = restored or TrainState()
+    record: AbstractContextManager[Record] = nullcontext(Record([], lambda final, stopped, reason: None))
     if times is not None:
         # Only now: a start that was refused leaves the record of the run as it was.
         changes = [*_allowed(run, capture, restored), *changed_settings(config, run)] if restored else []
         _write_down(config, run, data, lock, code, [*engine.saved_parameters()])
-        record: AbstractContextManager[Record] = recorded(
-            config,
-            run,
-            data.plan,
-            feed,
-            restored,
-            changes,
-            devices.memory_probe(kind),
-            [place["host"] for place in places],
-            partial(devices.generator_states, kind),
-            times,
-        )
-    else:
-        record = nullcontext(Record([], lambda final, stopped, reason: None))
+        memory, generators = devices.memory_probe(kind), partial(devices.generator_states, kind)
+        hosts = [place["host"] for place in places]
+        record = recorded(config, run, data.plan, feed, restored, changes, memory, hosts, generators, times)
     saves = Saves(
         run.checkpoints,
         rank=world.rank,
@@ -272,6 +253,19 @@ def _train_watched(
         observed.finish(final, stopped, stop.requested)
     if cache is not None:
         cache.close()
+
+
+def _feed(config: Config, world: World, data: OpenData, quarantined: Sequence[int]) -> Feed:
+    return Feed(
+        data.store,
+        data.rows,
+        order=data.order,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        rank=world.rank,
+        world_size=world.world_size,
+        quarantined=quarantined,
+    )
 
 
 def _base_identity(config: Config, world: World, run: RunDirectory) -> dict[str, str]:

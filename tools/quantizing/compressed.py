@@ -20,19 +20,19 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def compress(python: Path, model: Path, out: Path, scheme: str, calibration: Sequence[Sequence[int]]) -> int:
     """Write weights and config.json of the compressed model to `out`; returns the number of compressed layers."""
-    request = {"action": "compress", "model": str(model), "out": str(out), "scheme": scheme}
+    request = {"action": "compress", "model": str(model.absolute()), "out": str(out.absolute()), "scheme": scheme}
     return int(_ask(python, request | {"calibration": list(map(list, calibration))})["layers"])
 
 
 def compare(python: Path, model: Path, changed: Path, prompts: Sequence[Sequence[int]]) -> Quality:
     """How close `changed` is to `model`, by a fresh process that loads both from disk."""
-    request = {"action": "compare", "model": str(model), "changed": str(changed)}
+    request = {"action": "compare", "model": str(model.absolute()), "changed": str(changed.absolute())}
     return Quality(**_ask(python, request | {"prompts": list(map(list, prompts))}))
 
 
 def _ask(python: Path, request: dict[str, Any]) -> dict[str, Any]:
     done = subprocess.run(
-        [str(python), "-W", "ignore", "-m", "tools.quantizing.worker"],
+        [str(python.absolute()), "-W", "ignore", "-m", "tools.quantizing.worker"],
         input=json.dumps({"parent": os.getpid(), **request}),
         capture_output=True,
         text=True,
