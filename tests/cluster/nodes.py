@@ -11,10 +11,11 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
+
+from tests.support.waiting import until
 
 SUBNET = "10.83.0"
 # Reaps orphans for as long as the node is on, as the first process of a machine does.
@@ -168,14 +169,6 @@ def make_nodes(names: Sequence[str], directory: Path) -> list[Node]:
     for node in nodes:
         node.switch_on()
     return nodes
-
-
-def until(condition: Any, what: str, seconds: float, pause: float = 0.05) -> None:
-    """Wait for `condition`; AssertionError naming `what` after `seconds`."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"not within {seconds} s: {what}"
-        time.sleep(pause)
 
 
 def _is_alive(pid: int) -> bool:

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.cluster.nodes import Cluster, Node, make_nodes, until
+from tests.cluster.nodes import Cluster, Node, make_nodes
+from tests.support.waiting import until
 
 PORT, DASHBOARD_PORT = 6379, 8265
 START_SECONDS = 240

@@ -10,10 +10,10 @@ from typing import Any
 
 import yaml
 
-from tests.cluster.nodes import until
 from tests.cluster.ray import RAY, RayCluster
 from tests.cluster.runs import ROOT, START_SECONDS, STEPS
 from tests.support.training import settings
+from tests.support.waiting import until
 from trainer.checkpoint.verify import committed_steps
 
 STEADFAST = [sys.executable, str(ROOT / "steadfast.py")]

@@ -11,9 +11,9 @@ from typing import Any
 
 import yaml
 
-from tests.cluster.nodes import until
 from tests.cluster.slurm import SlurmCluster
 from tests.support.training import losses, settings
+from tests.support.waiting import until
 from trainer.checkpoint.verify import committed_steps
 
 ROOT = Path(__file__).resolve().parents[2]

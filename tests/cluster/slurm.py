@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.cluster.nodes import Cluster, Node, make_nodes, until, why_not
+from tests.cluster.nodes import Cluster, Node, make_nodes, why_not
+from tests.support.waiting import until
 
 DAEMONS = ("slurmctld", "slurmd", "munged", "sbatch")
 # Every node claims this much, whatever the machine has.

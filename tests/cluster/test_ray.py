@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.nodes import until, why_not
+from tests.cluster.nodes import why_not
 from tests.cluster.ray import PORT, RayCluster
 from tests.cluster.ray_runs import STEADFAST, RayRun
 from tests.cluster.runs import STEPS, Runs, rank_processes
 from tests.support.training import losses
+from tests.support.waiting import until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 SUCCEEDED = "succeeded, exit code 0"

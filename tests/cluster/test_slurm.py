@@ -13,10 +13,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from tests.cluster.nodes import until
 from tests.cluster.runs import ROOT, STEPS, Run, Runs, environment_of, rank_processes
 from tests.cluster.slurm import SlurmCluster
 from tests.support.training import losses
+from tests.support.waiting import until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 

@@ -9,7 +9,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import pytest
 
 from tests.support.models import save_tiny_model
 from tests.support.served import Server, served
+from tests.support.waiting import until
 
 BODY = {"messages": [{"role": "user", "content": "Hi"}]}
 
@@ -133,13 +134,6 @@ def test_a_client_that_leaves_in_mid_stream_frees_its_place(server: Server) -> N
     answer.close()
     connection.close()
     until_idle(server)
-
-
-def until(condition: Callable[[], bool], what: str, seconds: float = 10) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.02)
 
 
 def until_idle(server: Server) -> None:

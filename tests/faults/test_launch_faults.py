@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from launch.contract import VARIABLES, rank_environment
+from tests.support.waiting import until
 from trainer.world import World
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,14 +85,6 @@ def living(variable: str) -> list[int]:
             if variable.encode() in environ.split(b"\0") and state != "Z":
                 found.append(int(entry.name))
     return found
-
-
-def until(condition: Callable[[], bool], what: str, seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
-            pytest.fail(f"not within {seconds} s: {what}")
-        time.sleep(0.02)
 
 
 @pytest.fixture
