@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -124,6 +125,40 @@ def test_a_small_cache_gives_the_same_batches(local: TokenStore, url: str, tmp_p
         assert [store.place(index) for index in (0, 179)] == [local.place(index) for index in (0, 179)]
     assert 0 < largest <= limit
     assert not [*(tmp_path / "partial").iterdir(), *(tmp_path / "wanted").iterdir()]
+
+
+def test_what_is_needed_waits_for_what_is_only_expected(
+    local: TokenStore, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shard on its way for later fills a small cache: no reason to call the cache too small."""
+    underway, go_on, download = threading.Event(), threading.Event(), remote._download
+    later: list[str] = []
+
+    def held_up(place: str, target: Path) -> None:
+        if place in later:
+            underway.set()
+            assert go_on.wait(20)
+        download(place, target)
+
+    monkeypatch.setattr(remote, "_download", held_up)
+    with closing(ShardCache(tmp_path, 2 * local.largest_shard_bytes)) as cache:
+        store = open_store(url, cache=cache)
+        files = [file for file in store._remote.values() if file.evictable]
+        later.append(files[1].url)
+        cache.expect(files[:1], files[1:2])
+        cache.path(files[0])
+        assert underway.wait(20)
+        cache.expect(files[2:3])
+        with ThreadPoolExecutor() as pool:
+            needed = pool.submit(cache.path, files[2])
+            with pytest.raises(TimeoutError):
+                needed.result(0.3)
+            go_on.set()
+            assert needed.result(20).is_file()
+        assert cached_bytes(tmp_path) <= cache.limit_bytes
+        cache.expect(files[3:6])
+        with pytest.raises(UsageError, match=r"set a larger data\.cache_gib"):
+            list(map(cache.path, files[3:6]))
 
 
 def at(feed: Feed, position: int) -> Feed:

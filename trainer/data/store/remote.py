@@ -112,6 +112,7 @@ class ShardCache:
         self._urgent: dict[str, RemoteFile] = {}
         self._soon: dict[str, RemoteFile] = {}
         self._running: dict[str, RemoteFile] = {}
+        self._optional: set[str] = set()  # of the running: those that nobody needs yet
         self._failed: dict[str, SteadfastError] = {}
         self._protected: deque[set[Path]] = deque(maxlen=PROTECTED_STEPS)
         self._closed = False
@@ -232,16 +233,19 @@ class ShardCache:
                     self._changed.wait()
                 file, urgent = chosen
                 self._running[file.key] = file
+                if not urgent:
+                    self._optional.add(file.key)
             error: SteadfastError | None = None
             try:
-                self._make_room(file, optional=not urgent)
-                self._fetch(file)
+                if self._make_room(file, optional=not urgent):
+                    self._fetch(file)
             except SteadfastError as found:
                 error = found
             except OSError as found:
                 error = MissingInputError(f"cannot fetch {file.url}: {found}", "check the cache and its disk")
             with self._changed:
                 del self._running[file.key]
+                self._optional.discard(file.key)
                 if error is not None:
                     self._soon.pop(file.key, None)
                     if urgent:
@@ -267,34 +271,49 @@ class ShardCache:
     def _make_room(self, file: RemoteFile, optional: bool) -> bool:
         """Remove token shards until `file` fits; whether it does.
 
-        `optional`: keep everything that is expected soon, too. Raises UsageError when a file that is needed does not
-        fit.
+        `optional`: keep everything that is expected soon, too. A file that is needed waits for those on the way that
+        are not, and takes their place; UsageError when it does not fit even so.
         """
         if not file.evictable:
             return True
         with self._changed:
-            running = [other for other in self._running.values() if other.key != file.key and other.evictable]
-            kept = set().union(*self._protected, (other.path for other in running))
-            expected = {other.path: index for index, other in enumerate(self._soon.values())}
-            cached = list(self._cached())
-            used = sum(size for _, size, _ in cached) + sum(other.bytes for other in running) + file.bytes
-            # First what nobody expects, longest unused first; then what is expected last.
-            removable = sorted(
-                (entry for entry in cached if entry[0] not in kept),
-                key=lambda entry: (-expected.get(entry[0], len(expected)), entry[2]),
-            )
-            for path, size, _ in removable:
-                if used <= self.limit_bytes or (optional and path in expected):
+            while True:
+                used, in_the_way = self._remove_for(file, optional)
+                if used <= self.limit_bytes or optional:
+                    return used <= self.limit_bytes
+                if used - in_the_way > self.limit_bytes or self._closed:
                     break
-                path.unlink(missing_ok=True)
-                used -= size
-        if used > self.limit_bytes and not optional:
-            raise UsageError(
-                f"the cache {self.directory} of {self.limit_bytes / 2**30:.3g} GiB cannot hold the {used / 2**30:.3g} "
-                "GiB of token shards that the steps being prepared need",
-                "set a larger data.cache_gib or a smaller data.shuffle_blocks",
-            )
-        return used <= self.limit_bytes
+                self._changed.wait(1.0)
+        raise UsageError(
+            f"the cache {self.directory} of {self.limit_bytes / 2**30:.3g} GiB cannot hold the {used / 2**30:.3g} "
+            "GiB of token shards that the steps being prepared need",
+            "set a larger data.cache_gib or a smaller data.shuffle_blocks",
+        )
+
+    def _remove_for(self, file: RemoteFile, optional: bool) -> tuple[int, int]:
+        """Remove what may go until `file` fits; bytes in use with it, and of those the ones on the way unasked for.
+
+        The caller holds the lock.
+        """
+        cached = list(self._cached())
+        here = {path for path, _, _ in cached}
+        running = [other for other in self._running.values() if other.key != file.key and other.evictable]
+        # A file that has just arrived is still called running.
+        arriving = [other for other in running if other.path not in here]
+        kept = set().union(*self._protected, (other.path for other in running))
+        expected = {other.path: index for index, other in enumerate(self._soon.values())}
+        used = sum(size for _, size, _ in cached) + sum(other.bytes for other in arriving) + file.bytes
+        # First what nobody expects, longest unused first; then what is expected last.
+        removable = sorted(
+            (entry for entry in cached if entry[0] not in kept),
+            key=lambda entry: (-expected.get(entry[0], len(expected)), entry[2]),
+        )
+        for path, size, _ in removable:
+            if used <= self.limit_bytes or (optional and path in expected):
+                break
+            path.unlink(missing_ok=True)
+            used -= size
+        return used, sum(other.bytes for other in running if other.key in self._optional)
 
     def _cached(self) -> Iterator[tuple[Path, int, float]]:
         """Path, size and time of last use of every token shard in the cache, of all stores."""
