@@ -3,28 +3,28 @@
 `look_up` finds where the tokens and targets of many rows lie: with whole arrays, which costs about as much for a
 thousand samples as for one. `Assembler` copies the rows of one micro-batch, piece by piece, which costs less than an
 index of all their tokens, into memory that was used before, which costs less than memory that the system has to clear.
+Only then do places become numbers of Python: those of a few rows at a time stay in the processor's cache.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, repeat
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trainer.data.store.packing import RowPlan
 from trainer.data.store.reader import TokenStore
-from trainer.data.store.shards import take_parts
+from trainer.data.store.shards import id_dtype, indexes_of_parts, take_parts
 
 # The target of a position that predicts nothing; torch's losses ignore it by default.
 IGNORED = -100
 LENGTH_MULTIPLE = 16
 EMPTY_ROW = -1
-Columns = list[list[int]]
 
 
 @dataclass(frozen=True)
@@ -44,16 +44,17 @@ class MicroBatch:
 class BatchLayout(NamedTuple):
     """What one micro-batch is made of. Tokens are counted from the begin of its first row, row after row.
 
-    Each is some lists of one length: `pieces` (shard, begin in its ids, begin, end), `targets` (begin, end) of what is
-    to be predicted, `samples` (begin, end), and `tails` (begin, end) of the padding of each row that has some.
+    Each array is int64 [columns, count], and places are begins and ends: `pieces` (shard, place in its ids, place,
+    position ids), `predicting` (place) where the next token is predicted, and `tails` (place) of the padding of each
+    row that has some. `ids` are the tokens of each shard.
     """
 
     rows: int
     row_length: int
-    pieces: Columns
-    targets: Columns
-    samples: Columns
-    tails: Columns
+    ids: Mapping[int, memoryview]
+    pieces: NDArray[np.int64]
+    predicting: NDArray[np.int64]
+    tails: NDArray[np.int64]
 
 
 def look_up(store: TokenStore, plan: RowPlan, batches: NDArray[np.int64]) -> list[BatchLayout]:
@@ -80,24 +81,23 @@ def look_up(store: TokenStore, plan: RowPlan, batches: NDArray[np.int64]) -> lis
     row_begin = (np.arange(batches.shape[1]) * lengths[:, None]).reshape(-1)
     # Samples of a row follow each other; `ends` counts as if all rows did, without padding.
     at = ends - size + (row_begin - (np.cumsum(used) - used))[row]
-    origin, owner, spans = _from_shards(store, shard, local)
+    ids, origin, owner, spans = _from_shards(store, shard, local)
 
     begin = np.maximum(spans[0], first_target[owner])
     end = np.minimum(spans[1], stop[owner])
     inside = begin < end
     owner = owner[inside]
-    shift = (at + head - start)[owner]
+    # What stands at p is predicted at p - 1.
+    shift = (at + head - start - 1)[owner]
 
     batch = row // batches.shape[1]
     piece_batch = batch
-    pieces = [shard, origin + start, at + head, at + size]
+    pieces = [shard, origin + start, origin + stop, at + head, at + size, head, size]
     if head.any():
         heads = np.flatnonzero(head)
-        pinned = (shard, origin, at, at + head)
+        pinned = (shard, origin, origin + head, at, at + head, np.zeros_like(head), head)
         piece_batch = np.concatenate([batch, batch[heads]])
-        in_order = np.argsort(piece_batch, kind="stable")
-        piece_batch = piece_batch[in_order]
-        pieces = [np.concatenate([body, each[heads]])[in_order] for body, each in zip(pieces, pinned, strict=True)]
+        pieces = [np.concatenate([body, each[heads]]) for body, each in zip(pieces, pinned, strict=True)]
     row_end = row_begin + np.repeat(lengths, batches.shape[1])
     short = np.flatnonzero(row_begin + used < row_end)
     count = len(batches)
@@ -106,9 +106,9 @@ def look_up(store: TokenStore, plan: RowPlan, batches: NDArray[np.int64]) -> lis
             BatchLayout,
             repeat(batches.shape[1]),
             lengths.tolist(),
+            repeat(ids),
             _by_batch(piece_batch, pieces, count),
             _by_batch(batch[owner], [begin[inside] + shift, end[inside] + shift], count),
-            _by_batch(batch, [at, at + size], count),
             _by_batch(short // batches.shape[1], [(row_begin + used)[short], row_end[short]], count),
         )
     )
@@ -129,33 +129,45 @@ def _row_lengths(plan: RowPlan, used: NDArray[np.int64]) -> NDArray[np.int64]:
 
 def _from_shards(
     store: TokenStore, shard: NDArray[np.int64], local: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Where each document begins in its shard's ids; of all supervised spans the owner, ascending, and [2, spans]."""
-    origin = np.empty(len(shard), dtype=np.int64)
-    if not len(shard):
-        return origin, origin, np.empty((2, 0), dtype=np.int64)
-    owners, spans = [], []
-    by_shard = np.argsort(shard, kind="stable")
+) -> tuple[dict[int, memoryview], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Ids of the shards; where each document begins in them; owners of spans, and spans [2, count], in any order."""
+    by_shard = _stable_order(shard, store.n_shards)
     numbers, first = np.unique(shard[by_shard], return_index=True)
-    for number, mine in zip(numbers.tolist(), np.split(by_shard, first[1:]), strict=True):
+    local = local[by_shard]
+    origin, span_start, span_stop = np.empty((3, len(shard)), dtype=np.int64)
+    parts = list(zip(numbers.tolist(), pairwise([*first.tolist(), len(shard)]), strict=True))
+    ids = {}
+    for number, (begin, end) in parts:
         arrays = store.shard(number)
-        inside = local[mine]
-        origin[mine] = arrays["document_offsets"][inside]
-        offsets = arrays["span_offsets"]
-        counts = (offsets[inside + 1] - offsets[inside]).astype(np.int64)
-        owners.append(np.repeat(mine, counts))
-        spans.append(arrays["loss_spans"][take_parts(offsets, inside)])
-    owner = np.concatenate(owners)
-    in_order = np.argsort(owner, kind="stable")
-    edges = np.ascontiguousarray(np.concatenate(spans).T, dtype=np.int64)
-    return origin, owner[in_order], edges[:, in_order]
+        ids[number] = arrays["ids"].data
+        inside = local[begin:end]
+        origin[begin:end] = arrays["document_offsets"][inside]
+        span_start[begin:end] = arrays["span_offsets"][inside]
+        span_stop[begin:end] = arrays["span_offsets"][inside + 1]
+    counts = span_stop - span_start
+    chosen = indexes_of_parts(span_start, counts)
+    spans = np.empty((len(chosen), 2), dtype=np.int64)
+    spans_before = np.concatenate([[0], np.cumsum(counts)])
+    for number, (begin, end) in parts:
+        mine = slice(spans_before[begin], spans_before[end])
+        spans[mine] = store.shard(number)["loss_spans"][chosen[mine]]
+    in_place = np.empty_like(origin)
+    in_place[by_shard] = origin
+    return ids, in_place, np.repeat(by_shard, counts), spans.T
 
 
-def _by_batch(batch: NDArray[np.int64], columns: Sequence[NDArray[np.int64]], count: int) -> list[Columns]:
-    """The columns, cut into those of each of `count` micro-batches; `batch`, ascending, says whose a value is."""
-    edges = np.searchsorted(batch, np.arange(count + 1)).tolist()
-    lists = [column.tolist() for column in columns]
-    return [[column[begin:end] for column in lists] for begin, end in pairwise(edges)]
+def _by_batch(batch: NDArray[np.int64], columns: Sequence[NDArray[np.int64]], count: int) -> list[NDArray[np.int64]]:
+    """The columns, cut into those of each of `count` micro-batches; `batch` says whose a value is."""
+    in_order = _stable_order(batch, count)
+    edges = np.searchsorted(batch[in_order], np.arange(count + 1)).tolist()
+    stacked = np.stack(columns)[:, in_order]
+    return [stacked[:, begin:end] for begin, end in pairwise(edges)]
+
+
+def _stable_order(numbers: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """The order that sorts numbers below `count`; numpy sorts narrow ones by their digits."""
+    order: NDArray[np.int64] = np.argsort(numbers.astype(np.min_scalar_type(count)), kind="stable")
+    return order
 
 
 class Assembler:
@@ -165,46 +177,34 @@ class Assembler:
     """
 
     def __init__(self, store: TokenStore, plan: RowPlan) -> None:
-        self._store = store
         self._padding_id = store.padding_id
         self._count_up = np.arange(plan.sequence_length).data
         self._memory = _Memory()
-        # Ids as narrow as the store keeps them; made when it is known how narrow.
-        self._narrow: NDArray[Any] = np.empty(0, dtype=np.uint32)
+        # Ids as narrow as the store keeps them, overwritten by every micro-batch.
+        self._narrow = np.empty(0, dtype=id_dtype(store.vocabulary_size))
 
     def assemble(self, layout: BatchLayout) -> MicroBatch:
         """The micro-batch of this layout."""
         total = layout.rows * layout.row_length
-        input_ids, targets, position_ids = (self._memory.take(total) for _ in range(3))
-        input_ids[:] = self._ids(layout, total)
-        targets.fill(IGNORED)
-        # A slice of a memory view is copied in half the time that a slice of an array takes.
-        ids, predicted, positions, count_up = input_ids.data, targets.data, position_ids.data, self._count_up
-        # What stands at p is predicted at p - 1.
-        for begin, end in zip(*layout.targets, strict=True):
-            predicted[begin - 1 : end - 1] = ids[begin:end]
-        for segments in (layout.samples, layout.tails):
-            for begin, end in zip(*segments, strict=True):
-                positions[begin:end] = count_up[: end - begin]
-        shape = (layout.rows, layout.row_length)
-        return MicroBatch(input_ids.reshape(shape), targets.reshape(shape), position_ids.reshape(shape))
-
-    def _ids(self, layout: BatchLayout, total: int) -> NDArray[Any]:
-        """Ids of the rows, one after another; overwritten by the next call."""
-        arrays = {number: self._store.shard(number)["ids"] for number in set(layout.pieces[0])}
-        for ids in arrays.values():
-            if self._narrow.dtype != ids.dtype:
-                self._narrow = np.empty(0, dtype=ids.dtype)
+        block = self._memory.take(total)
+        input_ids, targets, position_ids = block
         if len(self._narrow) < total:
             self._narrow = np.empty(total, dtype=self._narrow.dtype)
-        found = self._narrow[:total]
-        views = {number: ids.data for number, ids in arrays.items()}
-        target = found.data
-        for shard, source, begin, end in zip(*layout.pieces, strict=True):
-            target[begin:end] = views[shard][source : source + end - begin]
-        for begin, end in zip(*layout.tails, strict=True):
-            found[begin:end] = self._padding_id
-        return found
+        narrow, count_up, shards = self._narrow[:total], self._count_up, layout.ids
+        # A slice of a memory view is copied in half the time that a slice of an array takes.
+        ids, positions = narrow.data, position_ids.data
+        for shard, source, source_end, begin, end, first, last in zip(*layout.pieces.tolist(), strict=True):
+            ids[begin:end] = shards[shard][source:source_end]
+            positions[begin:end] = count_up[first:last]
+        for begin, end in zip(*layout.tails.tolist(), strict=True):
+            narrow[begin:end] = self._padding_id
+            positions[begin:end] = count_up[: end - begin]
+        input_ids[:] = narrow
+        targets.fill(IGNORED)
+        predicted, following = targets.data, input_ids.data[1:]
+        for place in map(slice, *layout.predicting.tolist()):
+            predicted[place] = following[place]
+        return MicroBatch(*block.reshape(3, layout.rows, layout.row_length))
 
 
 def make_micro_batch(store: TokenStore, plan: RowPlan, rows: Sequence[int] | NDArray[np.int64]) -> MicroBatch:
@@ -221,10 +221,10 @@ class _Memory:
         self._blocks = [np.empty(0, dtype=np.int64)]
 
     def take(self, size: int) -> NDArray[np.int64]:
-        """An array [size] of any content."""
-        references = [sys.getrefcount(block) for block in self._blocks]
-        for count, block in zip(references[1:], self._blocks[1:], strict=True):
-            if count == references[0] and len(block) >= size:
-                return block[:size]
-        self._blocks.append(np.empty(size, dtype=np.int64))
-        return self._blocks[-1][:size]
+        """An array [3, size] of any content."""
+        free, *references = map(sys.getrefcount, self._blocks)
+        for count, block in zip(references, self._blocks[1:], strict=True):
+            if count == free and len(block) >= 3 * size:
+                return block[: 3 * size].reshape(3, size)
+        self._blocks.append(np.empty(3 * size, dtype=np.int64))
+        return self._blocks[-1].reshape(3, size)

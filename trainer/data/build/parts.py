@@ -28,7 +28,7 @@ from trainer.data.encode.templates import Encoded, Encoder, LostStopToken
 from trainer.data.records import Conversation, Layout, Record, to_record
 from trainer.data.sources import BadRow, Chunk, RawRow
 from trainer.data.store.report import SourceReport, source_report
-from trainer.data.store.shards import ragged, write_arrays
+from trainer.data.store.shards import id_dtype, ragged, write_arrays
 from trainer.durable import write_errors
 from trainer.errors import DataError
 from trainer.tensor_file import TensorFile
@@ -104,7 +104,7 @@ class PartEncoder:
         self._encoder = encoder
         self._steps = steps
         self._unknown: int | None = tokenizer.unk_token_id
-        self._dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
+        self._dtype = id_dtype(len(tokenizer))
 
     def write(self, task: Task, directory: Path) -> SourceReport:
         """Encode one chunk into `directory / task.name`, which appears complete or not at all; returns its counts.

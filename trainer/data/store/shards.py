@@ -24,6 +24,11 @@ from trainer.tensor_file import DTYPE_NAMES, FileDigest, TensorFile, TensorFileW
 Arrays = dict[str, NDArray[Any]]
 
 
+def id_dtype(vocabulary_size: int) -> np.dtype[np.unsignedinteger[Any]]:
+    """How token ids are kept: as uint16 where they fit, else as uint32."""
+    return np.dtype(np.uint16 if vocabulary_size <= 1 << 16 else np.uint32)
+
+
 def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> FileDigest:
     """Write `arrays` as one safetensors file, synced; returns its size and hashes.
 
@@ -52,7 +57,11 @@ def ragged(counts: Sequence[int] | NDArray[Any]) -> NDArray[np.uint64]:
 def take_parts(offsets: NDArray[np.uint64] | NDArray[np.int64], chosen: NDArray[np.int64]) -> NDArray[np.int64]:
     """Indexes, in order, of the elements of the `chosen` parts that `offsets` delimit."""
     starts = offsets[chosen].astype(np.int64)
-    sizes = offsets[chosen + 1].astype(np.int64) - starts
+    return indexes_of_parts(starts, offsets[chosen + 1].astype(np.int64) - starts)
+
+
+def indexes_of_parts(starts: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Indexes, in order, of the elements of parts that begin at `starts`."""
     before = np.cumsum(sizes) - sizes
     indexes: NDArray[np.int64] = np.repeat(starts - before, sizes) + np.arange(int(sizes.sum()), dtype=np.int64)
     return indexes
