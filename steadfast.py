@@ -36,6 +36,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "diff": ("tools.diff", "how two models differ: every tensor, settings, tokenizer; 1 when they do"),
     "merge": ("tools.merge", "merge models: weighted average, SLERP, TIES"),
     "quantize": ("tools.quantize", "make a smaller model and say what it lost"),
+    "teach": ("tools.teach", "write down what a teacher predicts, for a smaller model to learn from"),
     "eval": ("tools.eval", "how good models are, side by side, with confidence intervals"),
     "bench": (
         "tools.bench",

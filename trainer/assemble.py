@@ -182,7 +182,7 @@ def _train_watched(
     store, rows = data.store, data.rows
 
     on_phase("load", 0)
-    engine: Any = build_engine(config, world, run, device, kind)
+    engine: Any = build_engine(config, world, run, device, kind, data.teacher)
     if watch.faults.poisons:
         engine = PoisonedEngine(engine, watch.faults.take_poison)
     feed = _feed(config, world, data, quarantined(run, world))
@@ -265,6 +265,7 @@ def _feed(config: Config, world: World, data: OpenData, quarantined: Sequence[in
         rank=world.rank,
         world_size=world.world_size,
         quarantined=quarantined,
+        teacher=data.teacher,
     )
 
 

@@ -10,12 +10,14 @@ import torch
 from trainer import collectives
 from trainer.config.deepspeed import accumulation_steps, compile_deepspeed
 from trainer.config.schema import Config
+from trainer.data.teacher import Teacher
 from trainer.engine import device as devices
 from trainer.engine.deepspeed_engine import DeepSpeedEngine, ZeroThreeHook
 from trainer.errors import ConfigError, DataError, UsageError
 from trainer.model.load import load_language_model, train_only, trainable_share
 from trainer.model.lora import add_adapters
 from trainer.model.supervised import SupervisedLanguageModel, unsupported_head
+from trainer.objective.distillation import Distillation
 from trainer.optim.schedules import share_of_peak
 from trainer.prepare import model_directory
 from trainer.run_directory import RunDirectory
@@ -33,7 +35,12 @@ def refuse_shared_devices(ranks: Sequence[dict[str, str]]) -> None:
 
 
 def build_engine(
-    config: Config, world: World, run: RunDirectory, device: torch.device, kind: devices.DeviceType
+    config: Config,
+    world: World,
+    run: RunDirectory,
+    device: torch.device,
+    kind: devices.DeviceType,
+    teacher: Teacher | None = None,
 ) -> DeepSpeedEngine:
     """All ranks call it together. Raises ConfigError or DataError for what cannot be trained or saved."""
     deepspeed_config = compile_deepspeed(
@@ -65,7 +72,10 @@ def build_engine(
         raise DataError(f"{model_directory(config, run)} cannot be trained: {reason}", "it is not supported yet")
     optimizer = config.optimizer
     engine = DeepSpeedEngine(
-        SupervisedLanguageModel(language_model),
+        SupervisedLanguageModel(
+            language_model,
+            None if teacher is None else Distillation(config.train.teacher_share, teacher.temperature),
+        ),
         deepspeed_config,
         optimizer_settings={
             "lr": optimizer.learning_rate,

@@ -1,8 +1,9 @@
-"""What a run trains and evaluates on, opened and planned: equal on all ranks.."""
+"""What a run trains and evaluates on, opened and planned: equal on all ranks."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from trainer import collectives
 from trainer.config.schema import Config
@@ -10,6 +11,7 @@ from trainer.data.order import Order
 from trainer.data.store import TokenStore, open_store
 from trainer.data.store.packing import RowPlan
 from trainer.data.store.remote import ShardCache
+from trainer.data.teacher import Teacher, open_teacher
 from trainer.observe.quarantine import quarantined_positions
 from trainer.plan import Plan, make_plan
 from trainer.prepare import left_out, open_held_out, prepare_model, row_order, row_spec, source_epochs
@@ -23,6 +25,7 @@ class OpenData:
 
     store: TokenStore
     held_out: TokenStore | None
+    teacher: Teacher | None
     rows: RowPlan
     order: Order
     plan: Plan
@@ -31,6 +34,9 @@ class OpenData:
 def open_data(config: Config, world: World, run: RunDirectory, cache: ShardCache | None) -> OpenData:
     """Open the stores and plan the run; rank 0 also prepares the model's files. All ranks call it together."""
     store = open_store(config.data.train, rank=world.rank, world_size=world.world_size, cache=cache)
+    teacher = None
+    if config.data.teacher is not None:
+        teacher = open_teacher(Path(config.data.teacher), store, world.rank, world.world_size)
     held_out = open_held_out(config, store, rank=world.rank, world_size=world.world_size, cache=cache)
     spec = row_spec(config, store)
     if world.is_first and not store.has_plan(spec):
@@ -50,7 +56,7 @@ def open_data(config: Config, world: World, run: RunDirectory, cache: ShardCache
     if world.is_first:
         prepare_model(config, store, rows, run)
     collectives.barrier()
-    return OpenData(store, held_out, rows, order, plan)
+    return OpenData(store, held_out, teacher, rows, order, plan)
 
 
 def quarantined(run: RunDirectory, world: World) -> list[int]:

@@ -21,6 +21,7 @@ from trainer.data.order import BlockOrder, GlobalOrder, Order
 from trainer.data.store import TokenStore, open_store
 from trainer.data.store.packing import PlanSpec, RowPlan
 from trainer.data.store.remote import ShardCache
+from trainer.data.teacher import read_teacher_manifest
 from trainer.durable import write_errors, write_file
 from trainer.errors import DataError, UsageError
 from trainer.model.remote_code import own_classes
@@ -246,6 +247,7 @@ def run_identity(
         "data": store.fingerprint[:16],
         "tokenizer": store.manifest["tokenizer_fingerprint"][:16],
         "template": store.manifest["template_sha256"][:16],
+        **({} if config.data.teacher is None else {"teacher": _teacher_fingerprint(Path(config.data.teacher))}),
         "by_source": str(by_source),
         **settings_text("data", spec),
         "data.mixture": _mixture_text(config),
@@ -254,6 +256,10 @@ def run_identity(
         "train.global_batch_size": str(config.train.global_batch_size),
         "run.seed": str(config.run.seed),
     }
+
+
+def _teacher_fingerprint(path: Path) -> str:
+    return str(read_teacher_manifest(path)["body_sha256"])[:16]
 
 
 def _mixture_text(config: Config) -> str:

@@ -45,7 +45,13 @@ def config_hash(config: Config) -> str:
 
 def missing_inputs(config: Config) -> list[str]:
     """Local paths that the configuration names and this host does not have."""
-    named = {"model.path": config.model.path, "data.train": config.data.train, "data.eval": config.data.eval}
+    data = config.data
+    named = {
+        "model.path": config.model.path,
+        "data.train": data.train,
+        "data.eval": data.eval,
+        "data.teacher": data.teacher,
+    }
     return [
         f"{key}={location}"
         for key, location in named.items()

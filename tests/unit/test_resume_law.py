@@ -29,6 +29,7 @@ OTHER = {
     "model.attention": "eager",
     "data.train": "a copy of the store",
     "data.eval": "held-out",
+    "data.teacher": None,  # see test_another_teacher_is_refused
     "data.sequence_length": 192,
     "data.window": 128,
     "data.overlap": 7,
@@ -42,6 +43,7 @@ OTHER = {
     "train.max_steps": 99,
     "train.global_batch_size": 16,
     "train.micro_batch_size": 1,
+    "train.teacher_share": 0.9,
     "train.max_gradient_norm": 0.5,
     "train.max_skipped_steps": 3,
     "optimizer.type": None,  # there is one only

@@ -19,6 +19,7 @@ EXAMPLES: dict[str, Any] = {
     "model.lora": {"rank": 16},
     "data.train": "stores/train",
     "data.eval": "stores/eval",
+    "data.teacher": "stores/train-teacher",
     "data.sequence_length": 4096,
     "data.window": 2048,
     "data.overlap": 512,

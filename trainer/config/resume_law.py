@@ -36,6 +36,7 @@ LAW: dict[str, Change] = {
     "model.attention": "free",
     "data.train": "free",  # what it holds is compared as `data`, `tokenizer` and `template`
     "data.eval": "tunable",
+    "data.teacher": "free",  # what it holds is compared as `teacher`
     "data.sequence_length": "identity",
     "data.window": "identity",
     "data.overlap": "identity",
@@ -49,6 +50,7 @@ LAW: dict[str, Change] = {
     "train.max_steps": "tunable",
     "train.global_batch_size": "identity",
     "train.micro_batch_size": "free",
+    "train.teacher_share": "tunable",
     "train.max_gradient_norm": "tunable",
     "train.max_skipped_steps": "free",
     "train.on_divergence": "free",
@@ -81,6 +83,7 @@ FINGERPRINTS: dict[str, str] = {
     "data": "token ids, spans and order of the documents in data.train",
     "tokenizer": "ids that the tokenizer of data.train gives for fixed texts, and its special tokens",
     "template": "chat template that data.train was built with",
+    "teacher": "predictions in data.teacher, or that there are none",
     "architecture": "settings of config.json in model.path",
     "code": "Python files of model.path that --trust-remote-code allowed to run",
     "base": "contents of the weight files of the base model, which under LoRA is in no checkpoint",

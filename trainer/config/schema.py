@@ -131,6 +131,8 @@ class Data(Section):
     """Token store to train on. A directory, or a URL (s3://, http://, ...), which needs data.cache_dir."""
     eval: str | None = None
     """Token store to evaluate on, built with the same tokenizer; a directory or a URL."""
+    teacher: str | None = None
+    """Directory with a teacher's predictions for data.train, made by `steadfast teach`, to learn from as well."""
     sequence_length: Count | None = None
     """Tokens in a row; default: the length the store was built for. Another length only makes a new plan."""
     window: Count | None = None
@@ -208,6 +210,9 @@ class Train(Section):
     """Rows in one optimizer step over all ranks; the same for any number of ranks."""
     micro_batch_size: Count = 1
     """Rows a rank processes at once."""
+    teacher_share: Fraction = 0.5
+    """With data.teacher: share of the loss that is the divergence from the teacher's predictions; the rest is the cross
+    entropy with the data."""
     max_gradient_norm: NonNegativeFloat = 1.0
     """Gradients are clipped to this global norm; 0 switches clipping off."""
     max_skipped_steps: Count = 10

@@ -15,17 +15,18 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trainer.config.deepspeed import micro_batches
-from trainer.data.micro_batch import EMPTY_ROW, Assembler, MicroBatch, look_up
+from trainer.data.micro_batch import EMPTY_ROW, Assembler, BatchLayout, MicroBatch, look_up
 from trainer.data.order import Order
 from trainer.data.store.packing import RowPlan
 from trainer.data.store.reader import TokenStore
+from trainer.data.teacher import Teacher
 from trainer.errors import DataError
 
 STEPS_AHEAD = 2
@@ -62,6 +63,7 @@ class Feed:
         rank: this process, 0 to world_size - 1.
         world_size: number of ranks that share the global batch (the data-parallel size).
         quarantined: positions whose steps are left out, however many ranks there are.
+        teacher: predictions for the store, to be handed out with the rows.
 
     Raises:
         DataError: the plan has no rows.
@@ -78,6 +80,7 @@ class Feed:
         rank: int,
         world_size: int,
         quarantined: Collection[int] = (),
+        teacher: Teacher | None = None,
     ) -> None:
         if plan.n_rows == 0:
             raise DataError(f"{store.location} has no row to train on", "see steadfast data inspect")
@@ -91,6 +94,7 @@ class Feed:
         self._rank = rank
         self._world_size = world_size
         self._quarantined = frozenset(quarantined)
+        self._teacher = teacher
         self._position = 0
         self._ahead: _Ahead | None = None
 
@@ -141,10 +145,14 @@ class Feed:
                 dealt = np.stack([deal(rows, self._micro_batch_size, self._rank, self._world_size) for rows in some])
                 layouts = iter(look_up(self._store, self._plan, dealt.reshape(-1, self._micro_batch_size)))
                 for rows, mine in zip(some, dealt, strict=True):
-                    micro_batches = [assembler.assemble(layout) for layout in islice(layouts, len(mine))]
+                    micro_batches = [self._assemble(assembler, layout) for layout in islice(layouts, len(mine))]
                     if position not in self._quarantined:
                         yield self._step(position, rows, micro_batches)
                     position += size
+
+    def _assemble(self, assembler: Assembler, layout: BatchLayout) -> MicroBatch:
+        batch = assembler.assemble(layout)
+        return batch if self._teacher is None else replace(batch, teacher=self._teacher.taught(batch, layout))
 
     def _step(self, position: int, rows: NDArray[np.int64], micro_batches: Sequence[MicroBatch]) -> StepBatch:
         return StepBatch(

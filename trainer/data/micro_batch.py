@@ -27,6 +27,17 @@ LENGTH_MULTIPLE = 16
 EMPTY_ROW = -1
 
 
+class TeacherTargets(NamedTuple):
+    """What a teacher predicts at each target of a micro-batch, row by row.
+
+    `candidates` int64 [targets, k], its most probable tokens; `log_probabilities` float32 [targets, k + 1], theirs and,
+    last, that of all others.
+    """
+
+    candidates: NDArray[np.int64]
+    log_probabilities: NDArray[np.float32]
+
+
 @dataclass(frozen=True)
 class MicroBatch:
     """One rank's rows of one micro-batch; three int64 arrays [micro_batch, length].
@@ -39,6 +50,8 @@ class MicroBatch:
     input_ids: NDArray[np.int64]
     targets: NDArray[np.int64]
     position_ids: NDArray[np.int64]
+    teacher: TeacherTargets | None = None
+    """Where there is a teacher to learn from."""
 
 
 class BatchLayout(NamedTuple):

@@ -112,7 +112,8 @@ class DeepSpeedEngine:
             length = int((positions == np.arange(len(positions))).sum())
             self._watched_ids = batch.input_ids[:1, :length].copy()
             self._supervised.positions_to_keep, self._watch = length, 0
-        loss: Tensor = self._engine(*self._tensors(batch))
+        taught = () if batch.teacher is None else (0, *map(self._moved, batch.teacher))
+        loss: Tensor = self._engine(*self._tensors(batch), *taught)
         return loss
 
     def backward(self, summed_loss: Tensor, global_supervised_tokens: int) -> None:
@@ -202,7 +203,7 @@ class DeepSpeedEngine:
         swapping.remove_files(self._zero)
 
     def _tensors(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
-        def move(array: Any) -> Tensor:
-            return torch.from_numpy(array).to(self.device, non_blocking=True)
+        return self._moved(batch.input_ids), self._moved(batch.position_ids), self._moved(batch.targets)
 
-        return move(batch.input_ids), move(batch.position_ids), move(batch.targets)
+    def _moved(self, array: Any) -> Tensor:
+        return torch.from_numpy(array).to(self.device, non_blocking=True)

@@ -19,7 +19,10 @@ class Engine(Protocol):
         """Rate the next step will use."""
 
     def summed_loss(self, batch: MicroBatch) -> Tensor:
-        """Forward: this rank's summed cross entropy over its supervised positions, scalar fp32 with graph."""
+        """Forward: this rank's summed loss over its supervised positions, scalar fp32 with graph.
+
+        Cross entropy, mixed with the divergence from a teacher where the batch has its predictions.
+        """
 
     def backward(self, summed_loss: Tensor, global_supervised_tokens: int) -> None:
         """Add the gradient of summed_loss / global_supervised_tokens, to be summed over micro-batches and ranks."""

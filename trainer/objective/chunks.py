@@ -21,15 +21,15 @@ LEAST_ROWS_ON_A_GPU = 1024
 """Smaller products leave a GPU idle, and each chunk adds a gradient of the head's full size."""
 
 ChunkLoss = Callable[[Tensor, slice, bool], tuple[Tensor, Tensor | None]]
-"""(logits fp32 [chunk, vocabulary], which positions they are of, is the gradient wanted) -> (summed loss float64 scalar,
-its gradient with respect to the logits). The logits may be overwritten."""
+"""(logits fp32 [chunk, vocabulary], which positions they are of, is the gradient wanted) -> (summed loss float64
+scalar, its gradient with respect to the logits). The logits may be overwritten."""
 
 
 def summed_over_chunks(hidden: Tensor, weight: Tensor, chunk_loss: ChunkLoss) -> Tensor:
     """Sum of `chunk_loss` over chunks of positions; scalar fp32.
 
-    `hidden` [positions, width], `weight` [vocabulary, width], both of the compute dtype. Logits and losses are fp32, the
-    sum over positions float64. No positions give 0 with a gradient of zeros.
+    `hidden` [positions, width], `weight` [vocabulary, width], both of the compute dtype. Logits and losses are fp32,
+    the sum over positions float64. No positions give 0 with a gradient of zeros.
     """
     # Asked here, because inside an autograd function gradients look wanted even under no_grad.
     differentiate = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
