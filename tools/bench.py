@@ -22,7 +22,7 @@ import platform
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +59,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     data = commands.add_parser("data", help="the data path: tokenise, read, start, pack, prepare")
     data.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="what to measure")
     data.add_argument("--corpus", nargs="+", type=Path, metavar="PATH", help="your own conversations, for tokenise")
+    data.add_argument(
+        "--megabytes",
+        type=float,
+        metavar="MB",
+        help="input of prepare (default: 24); 2200 shows that memory is bounded",
+    )
     data.add_argument("--rounds", type=int, metavar="N", help="rounds, of which the best counts (default: 3)")
     data.add_argument("--quick", action="store_true", help="small sizes, one round")
     checkpoint = commands.add_parser("checkpoint", help="how long training stands still for a checkpoint")
@@ -95,6 +101,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.work is not None and arguments.work.exists():
         raise UsageError(f"{arguments.work} exists", "give a new directory with --work")
     sizes = QUICK if arguments.quick else FULL
+    if action == "data" and arguments.megabytes is not None:
+        if arguments.megabytes <= 0:
+            raise UsageError(f"--megabytes {arguments.megabytes} is nothing", "give a positive number")
+        sizes = replace(sizes, megabytes=arguments.megabytes)
     usual = {"data": sizes.rounds, "checkpoint": 1, "overhead": 1, "export": 1, "serve": 1 if arguments.quick else 5}
     rounds = arguments.rounds or usual[action]
     with tempfile.TemporaryDirectory(prefix="steadfast-bench-") as temporary:

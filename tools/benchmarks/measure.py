@@ -16,9 +16,10 @@ import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -35,7 +36,8 @@ ENVIRONMENT = {
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "DO_NOT_TRACK": "1",
 }
-TIMEOUT_SECONDS = 1800.0
+TIMEOUT_SECONDS = 7200.0
+CHILDREN_SAMPLE_SECONDS = 0.5
 
 Facts = dict[str, Any]
 Say = Callable[[str], None]
@@ -61,6 +63,31 @@ def stopwatch() -> Iterator[Stopwatch]:
     yield watch
     watch.wall = watch.so_far()
     watch.cpu = _cpu_seconds() - cpu
+
+
+@contextmanager
+def memory_of_children() -> Iterator[Facts]:
+    """Peak memory of all child processes together during a block: `peak` bytes, shared pages divided among them."""
+    import psutil
+
+    found: Facts = {"peak": 0}
+    ended = threading.Event()
+
+    def sample() -> None:
+        while not ended.wait(CHILDREN_SAMPLE_SECONDS):
+            total = 0
+            for child in psutil.Process().children(recursive=True):
+                with suppress(psutil.Error):
+                    total += child.memory_full_info().pss
+            found["peak"] = max(found["peak"], total)
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    try:
+        yield found
+    finally:
+        ended.set()
+        sampler.join()
 
 
 def _cpu_seconds() -> float:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tools.benchmarks.corpus import TokenDocuments
-from tools.benchmarks.measure import ROOT, Facts, stopwatch
+from tools.benchmarks.measure import ROOT, Facts, memory_of_children, stopwatch
 from trainer.errors import DataError
 
 REPEATS = 8
@@ -311,7 +311,7 @@ def prepare(source: str, tokenizer: str, out: str, sequence_length: int, workers
     """Measure `steadfast data build` with so many workers, and the digest of everything it wrote."""
     command = [sys.executable, str(ROOT / "steadfast.py"), "data", "build", "--input", source, "--tokenizer", tokenizer]
     command += ["--sequence-length", str(sequence_length), "--workers", str(workers), "--out", out]
-    with stopwatch() as watch:
+    with stopwatch() as watch, memory_of_children() as memory:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError((done.stderr.splitlines() or [f"exit code {done.returncode}"])[-1])
@@ -323,6 +323,7 @@ def prepare(source: str, tokenizer: str, out: str, sequence_length: int, workers
     return {
         "cpu": watch.cpu,
         "wall": watch.wall,
+        "peak": memory["peak"],
         "work": Path(source).stat().st_size / 1e6,
         "files": len(files),
         "sha256": digest.hexdigest(),

@@ -1,8 +1,10 @@
-"""Preparation: `steadfast data build` with one and with four worker processes gives the same bytes."""
+"""Preparation: `steadfast data build` with one and with four worker processes: the same bytes, and what it holds."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,7 @@ def run(work: Path, tokenizer: Path, megabytes: float, seed: int, say: Say) -> l
     one = outcomes[0].facts
 
     def note(facts: Facts) -> str:
-        used = f"{facts['wall']:.1f} s wall, {facts['cpu']:.1f} s CPU"
+        used = f"{facts['wall']:.1f} s wall, {facts['cpu']:.1f} s CPU, {facts['peak'] / 1e6:,.0f} MB of memory at most"
         if one is None or facts is one:
             return f"{facts['files']} files; {used}"
         same = "the same bytes" if facts["sha256"] == one["sha256"] else "OTHER BYTES than with one worker"
@@ -48,13 +50,14 @@ def run(work: Path, tokenizer: Path, megabytes: float, seed: int, say: Say) -> l
     return [replace(line, ratio=None) for line in compare(SECTION, UNIT, contenders, outcomes, note)]
 
 
-def _rows(megabytes: float, seed: int) -> list[dict[str, Any]]:
+def _rows(megabytes: float, seed: int) -> Iterator[dict[str, Any]]:
     """Conversations until they fill the file, none like another."""
     made = make_conversations(min(DISTINCT_ROWS, int(megabytes * ROWS_A_MEGABYTE) + 1), seed + 1)
-    rows: list[dict[str, Any]] = []
     size = 0
-    while size < megabytes * 1e6:
-        first, *others = made[len(rows) % len(made)]["messages"]
-        rows.append({"messages": [{**first, "content": f"{len(rows)}. {first['content']}"}, *others]})
-        size += sum(len(message["content"].encode()) + 40 for message in rows[-1]["messages"])
-    return rows
+    for number in count():
+        if size >= megabytes * 1e6:
+            return
+        first, *others = made[number % len(made)]["messages"]
+        row = {"messages": [{**first, "content": f"{number}. {first['content']}"}, *others]}
+        size += sum(len(message["content"].encode()) + 40 for message in row["messages"])
+        yield row
