@@ -6,14 +6,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib import import_module
 from pathlib import Path
 from socket import gethostname
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -386,44 +387,60 @@ def test_no_store_at_a_url(url: str, tmp_path: Path) -> None:
             open_store(url, cache=cache)
 
 
-def test_http(local: TokenStore, tmp_path: Path) -> None:
+@contextmanager
+def served(directory: Path) -> Iterator[str]:
+    """URL of a local HTTP server of a directory."""
+
     class Quiet(SimpleHTTPRequestHandler):
         def log_message(self, *_: object) -> None: ...
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(local.path.parent))) as server:
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(directory))) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.05,))
         thread.start()
         try:
-            url = f"http://127.0.0.1:{server.server_address[1]}"
-            with closing(ShardCache(tmp_path, LARGE)) as cache:
-                store = open_store(f"{url}/store/", cache=cache)
-                assert same(steps_of(feed_of(store), 1)[0], steps_of(feed_of(local), 1)[0])
-                with pytest.raises(MissingInputError, match="there is no http"):
-                    open_store(f"{url}/other", cache=cache)
+            yield f"http://127.0.0.1:{server.server_address[1]}"
         finally:
             server.shutdown()
             thread.join()
 
 
-def test_commands_look_at_a_store_at_a_url(
-    local: TokenStore, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_http(local: TokenStore, tmp_path: Path) -> None:
+    with served(local.path.parent) as url, closing(ShardCache(tmp_path, LARGE)) as cache:
+        store = open_store(f"{url}/store/", cache=cache)
+        assert same(steps_of(feed_of(store), 1)[0], steps_of(feed_of(local), 1)[0])
+        with pytest.raises(MissingInputError, match="there is no http"):
+            open_store(f"{url}/other", cache=cache)
+
+
+@pytest.fixture
+def said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    """Runs `steadfast data ...`; (exit code, everything it said)."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     # As the store was built.
     monkeypatch.setattr(packing, "LOOKAHEAD", 8)
     monkeypatch.setattr(packing, "OPEN_ROWS", 4)
 
-    def said(*words: object) -> tuple[int, str]:
+    def run(*words: object) -> tuple[int, str]:
         code = run_command({"data": ("trainer.data.command", "")}, import_module, ["data", *map(str, words)])
         return code, "".join(capsys.readouterr())
 
+    return run
+
+
+def looks_alike(local: TokenStore, url: str, out: Path, said: Callable[..., Any]) -> None:
     for words in (("inspect", "--json", "--rows", 3), ("card",), ("verify",)):
         here, there = (said(words[0], place, *words[1:]) for place in (local.path, url))
         assert here[0] == there[0] == 0, there
         assert there[1] == here[1].replace(str(local.path), url)
     assert said("diff", local.path, url)[0] == 0
     assert said("leakage", local.path, url)[0] == DataError.exit_code
-    assert said("export", url, tmp_path / "rows.parquet", "--to", "parquet")[0] == 0
+    assert said("export", url, out, "--to", "parquet")[0] == 0
+
+
+def test_commands_look_at_a_store_at_a_url(
+    local: TokenStore, url: str, tmp_path: Path, said: Callable[..., Any]
+) -> None:
+    looks_alike(local, url, tmp_path / "rows.parquet", said)
     (shard,) = [file["name"] for file in local.manifest["files"] if file["name"].startswith("tokens/tok-00003")]
     content = bytearray((local.path / shard).read_bytes())
     content[-1] ^= 1
@@ -432,6 +449,12 @@ def test_commands_look_at_a_store_at_a_url(
     assert code == DataError.exit_code
     assert shard in reason
     assert [path.name for path in tmp_path.iterdir()] == ["rows.parquet"], "what was fetched is removed"
+
+
+def test_commands_look_over_http(local: TokenStore, tmp_path: Path, said: Callable[..., Any]) -> None:
+    with served(local.path.parent) as url:
+        looks_alike(local, f"{url}/store", tmp_path / "rows.parquet", said)
+        assert said("verify", f"{url}/other")[0] == MissingInputError.exit_code
 
 
 def config_of(store: str, tmp_path: Path, **data: object) -> Config:
