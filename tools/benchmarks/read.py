@@ -33,6 +33,7 @@ PEERS = (
     ("Megatron-style mmap, ids and mask only", "megatron", None, None, False),
     ("litdata, tensors", "litdata", "litdata", 4.0, True),
     ("litdata, raw bytes", "litdata-fast", "litdata", None, True),
+    ("litdata, its loader of tokens", "litdata-tokens", "litdata", None, True),
     ("MDS py1e, arrays", "mosaic", "mosaicml-streaming", 25.0, True),
     ("MDS py1e, raw bytes", "mosaic-fast", "mosaicml-streaming", None, True),
     ("datasets streaming, DataLoader", "datasets", "datasets", 25.0, True),

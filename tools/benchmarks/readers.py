@@ -11,6 +11,7 @@ tensors) or whole batches at a call. Megatron-style files have one.
 
 from __future__ import annotations
 
+import json
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator
@@ -28,6 +29,7 @@ from tools.benchmarks.measure import Facts, stopwatch
 SHUFFLE_BUFFER = 1000
 SHARD_BYTES = 16 << 20
 IGNORED = -100
+MASK_BIT = 20
 IDS, MASK = "ids.npy", "mask.npy"
 
 Stored = Callable[[], Iterable[tuple[Any, Any]]]
@@ -193,6 +195,34 @@ def _read_litdata(fast: bool, target: Path, batch_size: int) -> Stored:
     return batches
 
 
+def _write_litdata_tokens(target: Path, ids: NDArray[np.int32], mask: NDArray[np.uint8]) -> None:
+    import torch
+    from litdata.streaming.cache import Cache
+    from litdata.streaming.item_loader import TokensLoader
+
+    # Its loader of tokens knows one array: the mask goes into a bit that no id uses.
+    both = torch.from_numpy(ids | (mask.astype(np.int32) << MASK_BIT))
+    cache = Cache(str(target), chunk_bytes=SHARD_BYTES, item_loader=TokensLoader(ids.shape[1]))
+    for row, tokens in enumerate(both):
+        cache[row] = tokens.clone()
+    cache.done()
+    cache.merge(1)
+
+
+def _read_litdata_tokens(target: Path, batch_size: int) -> Stored:
+    def batches() -> Iterator[tuple[Any, Any]]:
+        from litdata import StreamingDataLoader, StreamingDataset
+        from litdata.streaming.item_loader import TokensLoader
+
+        first = json.loads((target / "index.json").read_bytes())["chunks"][0]
+        loader = TokensLoader(first["dim"] // first["chunk_size"])
+        dataset = StreamingDataset(str(target), item_loader=loader, shuffle=True, seed=1)
+        for batch in StreamingDataLoader(dataset, batch_size=batch_size):
+            yield batch & ((1 << MASK_BIT) - 1), batch >> MASK_BIT
+
+    return batches
+
+
 # --- mosaicml-streaming ---
 
 
@@ -335,6 +365,7 @@ WRITERS: dict[str, Callable[[Path, NDArray[np.int32], NDArray[np.uint8]], None]]
     "megatron": _write_megatron,
     "litdata": partial(_write_litdata, False),
     "litdata-fast": partial(_write_litdata, True),
+    "litdata-tokens": _write_litdata_tokens,
     "mosaic": partial(_write_mosaic, False),
     "mosaic-fast": partial(_write_mosaic, True),
     "datasets": _write_datasets,
@@ -346,6 +377,7 @@ READERS: dict[str, Callable[[Path, int], Stored]] = {
     "megatron": _read_megatron,
     "litdata": partial(_read_litdata, False),
     "litdata-fast": partial(_read_litdata, True),
+    "litdata-tokens": _read_litdata_tokens,
     "mosaic": partial(_read_mosaic, False),
     "mosaic-fast": partial(_read_mosaic, True),
     "datasets": partial(_read_datasets, False),
