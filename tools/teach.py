@@ -5,8 +5,9 @@
 
 For every supervised token the teacher's k most probable tokens and their probabilities are kept (and what is left for
 all others), about 4 bytes each: the teacher is not needed while the student trains. They belong to the tokens of the
-store, so every sequence length, packing and number of ranks reads the same. Teacher and student have one tokenizer. A
-teacher that was killed goes on with the shard it was at when the same command is given again.
+store, so every sequence length, packing and number of ranks reads the same; the teacher reads long documents in the
+windows that the store was built with. Teacher and student have one tokenizer. A teacher that was killed goes on with
+the shard it was at when the same command is given again.
 """
 
 from __future__ import annotations
@@ -15,9 +16,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from itertools import pairwise
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,12 +48,14 @@ class TeachReport:
 
 
 @dataclass(frozen=True)
-class _Window:
-    """Tokens `begin` to `end` of a shard's ids as one sample; its targets lie from `first` on."""
+class _Samples:
+    """Samples of one shard, int64 [samples] each: as in a `RowPlan`, and where their documents begin in the ids."""
 
-    begin: int
-    first: int
-    end: int
+    begin: NDArray[np.int64]
+    start: NDArray[np.int64]
+    stop: NDArray[np.int64]
+    first_target: NDArray[np.int64]
+    head: NDArray[np.int64]
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -102,7 +103,7 @@ def teach(model: Path, store: Path, out: Path, top_k: int = 32, temperature: flo
     from tools.models import load_model
     from trainer.data.store import open_store
     from trainer.data.store.shards import read_arrays
-    from trainer.data.teacher import finished_shard, targets_of_shard, write_shard, write_teacher_manifest
+    from trainer.data.teacher import finished_shard, write_shard, write_teacher_manifest
     from trainer.weight_files import weights_fingerprint
 
     started = time.monotonic()
@@ -123,23 +124,35 @@ def teach(model: Path, store: Path, out: Path, top_k: int = 32, temperature: flo
         "temperature": temperature,
     }
     expected = int(opened.manifest["supervised_tokens"]) * (4 + top_k * 4 + (top_k + 1) * 2)
+    # Whatever training does with long documents, all their tokens have a context as long as a window of the store.
+    plan = opened.plan(replace(opened.spec, long_text="windows"))
+    longest = int((plan.head.astype(np.int64) + plan.stop - plan.start).max())
+    if longest > (context := teacher.config.get_text_config().max_position_embeddings):
+        raise DataError(
+            f"samples of {longest} tokens do not fit the {context} positions of {model}",
+            "build it with shorter windows",
+        )
+    shards, documents = opened.locate(plan.document)
     seen = targets = 0
     held = agreed = 0.0
     files = []
     with new_directory(out, expected, about) as building:
         for number in range(opened.n_shards):
             arrays = opened.shard(number)
-            token = targets_of_shard(arrays)
             file = finished_shard(building, number)
             if file is None:
-                predicted = _predictions(teacher, arrays, token, vocabulary, top_k, temperature)
-                file = write_shard(building, number, token, *predicted, vocabulary)
-                seen += len(token)
+                mine = shards == number
+                begin = arrays["document_offsets"][documents[mine]].astype(np.int64)
+                columns = (plan.start, plan.stop, plan.first_target, plan.head)
+                samples = _Samples(begin, *(column[mine].astype(np.int64) for column in columns))
+                predicted = _predictions(teacher, arrays, samples, vocabulary, top_k, temperature)
+                file = write_shard(building, number, *predicted, vocabulary)
+                seen += len(predicted[0])
             files.append(file)
-            targets += len(token)
             found = read_arrays(file)
+            targets += len(found["token"])
             held += float((1 - np.exp(found["log_probabilities"][:, -1].astype(np.float64))).sum())
-            agreed += int((found["candidates"][:, 0] == arrays["ids"][token]).sum())
+            agreed += int((found["candidates"][:, 0] == arrays["ids"][found["token"]]).sum())
             rate = seen / (time.monotonic() - started)
             _say(f"shard {number + 1} of {opened.n_shards}: {targets:,} targets, {rate:,.0f} a second")
         write_teacher_manifest(building, files, about)
@@ -158,44 +171,42 @@ def teach(model: Path, store: Path, out: Path, top_k: int = 32, temperature: flo
 
 
 def _predictions(
-    teacher: Any, arrays: Arrays, token: NDArray[np.int64], vocabulary: int, top_k: int, temperature: float
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """The `top_k` candidates of each target and their log-probabilities, with that of all others."""
+    teacher: Any, arrays: Arrays, samples: _Samples, vocabulary: int, top_k: int, temperature: float
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
+    """Where the targets lie in the shard's ids, their candidates, the log-probabilities of these and of all others."""
     import numpy as np
     import torch
 
     from tools.forward import batches_of_like_length, logits_of
+    from trainer.data.teacher import targets_of_shard
 
-    settings = teacher.config.get_text_config()
-    windows = list(_windows(arrays["document_offsets"].tolist(), token, settings.max_position_embeddings))
+    ids, token = arrays["ids"], targets_of_shard(arrays)
     candidates = np.empty((len(token), top_k), dtype=np.int64)
-    log_probabilities = np.empty((len(token), top_k + 1), dtype=np.float32)
-    for batch in batches_of_like_length([each.end - each.begin for each in windows], int(settings.vocab_size)):
-        samples = [arrays["ids"][windows[i].begin : windows[i].end].tolist() for i in batch]
-        logits = logits_of(teacher, samples)
-        for row, window in enumerate(windows[i] for i in batch):
-            rows = slice(*np.searchsorted(token, [window.first, window.end]).tolist())
+    log_probabilities = np.full((len(token), top_k + 1), np.nan, dtype=np.float32)
+    lengths = (samples.head + samples.stop - samples.start).tolist()
+    for batch in batches_of_like_length(lengths, int(teacher.config.get_text_config().vocab_size)):
+        parts = [samples.begin[batch], samples.start[batch], samples.stop[batch]]
+        parts += [samples.first_target[batch], samples.head[batch]]
+        rows = list(zip(*(part.tolist() for part in parts), strict=True))
+        logits = logits_of(
+            teacher,
+            [
+                [*ids[begin : begin + head].tolist(), *ids[begin + start : begin + stop].tolist()]
+                for begin, start, stop, _, head in rows
+            ],
+        )
+        for row, (begin, start, stop, first_target, head) in enumerate(rows):
+            mine = slice(*token.searchsorted([begin + first_target, begin + stop]).tolist())
             # What stands at p is predicted at p - 1. Ids that the tokenizer has not are padding of the head.
-            places = torch.from_numpy(token[rows] - window.begin - 1).to(logits.device)
+            places = torch.from_numpy(token[mine] - (begin + start) + head - 1).to(logits.device)
             found = (logits[row, places, :vocabulary] / temperature).log_softmax(dim=1)
             best, chosen = found.topk(top_k, dim=1)
             rest = found.scatter_(1, chosen, -torch.inf).logsumexp(dim=1, keepdim=True)
-            candidates[rows] = chosen.cpu().numpy()
-            log_probabilities[rows] = torch.cat([best, rest], dim=1).cpu().numpy()
+            candidates[mine] = chosen.cpu().numpy()
+            log_probabilities[mine] = torch.cat([best, rest], dim=1).cpu().numpy()
     if not np.isfinite(log_probabilities[:, :-1]).all():
         raise DataError("the teacher's predictions are not finite", "the model is broken: verify it")
-    return candidates, log_probabilities
-
-
-def _windows(offsets: Sequence[int], token: NDArray[np.int64], context: int) -> Iterator[_Window]:
-    """Documents with targets; one longer than the teacher's context in pieces of it that share one half each."""
-    for begin, end in pairwise(offsets):
-        first = begin
-        while first < end:
-            last = min(end, max(first, begin + context // 2) + context // 2)
-            if token.searchsorted(first) < token.searchsorted(last):
-                yield _Window(max(begin, last - context), first, last)
-            first = last
+    return token, candidates, log_probabilities
 
 
 def _say(text: str) -> None:

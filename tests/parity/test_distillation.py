@@ -16,7 +16,7 @@ from tests.support.corpora import alpaca_rows, tiny_store
 from tests.support.training import losses, settings
 from tools.export import export_checkpoint
 from tools.models import load_model
-from tools.teach import _windows, teach
+from tools.teach import teach
 from trainer.data.feed import Feed
 from trainer.data.micro_batch import IGNORED
 from trainer.data.order import GlobalOrder
@@ -185,16 +185,3 @@ def test_a_killed_teacher_goes_on_where_it_was(
     assert {file.name: file.read_bytes() for file in out.iterdir()} == {
         file.name: file.read_bytes() for file in predictions.iterdir()
     }
-
-
-@pytest.mark.parametrize("context", [8, 9, 1000])
-def test_a_long_document_is_read_in_pieces_and_each_target_once(context: int) -> None:
-    offsets, token = [0, 5, 60, 61, 200], np.arange(1, 200, 3)
-    seen: list[int] = []
-    for window in _windows(offsets, token, context):
-        assert window.end - window.begin <= context
-        begin = max(offset for offset in offsets if offset <= window.begin)
-        for place in token[(token >= window.first) & (token < window.end)].tolist():
-            assert place - window.begin >= min(place - begin, context // 2)
-            seen.append(place)
-    assert seen == token.tolist()
