@@ -19,7 +19,7 @@ def drill(capsys, tmp_path, store, faults, count, seed):
     code = main(["drill", str(config), *words, "--out", str(tmp_path / "drill")])
     out, err = capsys.readouterr()
     assert code in (0, 1), err
-    answer = json.loads(out)
+    answer = json.loads(out.splitlines()[-1])
     assert code == 0, [row for row in answer["faults"] if row["problem"] or not row["equal"]]
     assert len(answer["faults"]) == count
     return answer["faults"]

@@ -74,10 +74,12 @@ class Strike:
             return (75,) if self.kind == "term" else (-9,)
         return (69, 71) if self.kind == "stop" else (69,)
 
-    @property
-    def most_lost(self) -> int:
-        """Steps that may have to be done again."""
-        return SAVE_EVERY * (2 if self.kind in ("flip", "enospc") else 1) + 1
+    def most_lost(self, background: bool) -> int:
+        """Steps that may have to be done again.
+
+        Those of the save that was to come; in the background, those of the one that training did not wait for, too.
+        """
+        return SAVE_EVERY * (1 + background + (self.kind in ("flip", "enospc")))
 
 
 @dataclass(frozen=True)

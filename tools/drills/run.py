@@ -152,7 +152,7 @@ def _struck(job: Job, number: int, each: Round, run: RunDirectory, alone: RunDir
             before = len(_starts(run))
             ended = _strike(job, run, strike)
             if starts := _starts(run)[before:]:
-                rows += [_resumed(number, *struck, starts[0]) for struck in waiting]
+                rows += [_resumed(number, each.background, *struck, starts[0]) for struck in waiting]
                 waiting = []
             # One that was struck before it trained has lost no step.
             waiting.append((strike, ended, _reached(run) if starts else 0))
@@ -163,7 +163,7 @@ def _struck(job: Job, number: int, each: Round, run: RunDirectory, alone: RunDir
         before = len(_starts(run))
         ended = job.attempt(run)
         starts = _starts(run)[before:]
-        rows += [_resumed(number, *struck, starts[0] if starts else None) for struck in waiting]
+        rows += [_resumed(number, each.background, *struck, starts[0] if starts else None) for struck in waiting]
     if ended.code or ended.problem:
         difference = f"the last attempt ended with {ended.code}: {ended.problem or ended.said}"
     else:
@@ -181,13 +181,13 @@ def _strike(job: Job, run: RunDirectory, strike: Strike) -> Attempted:
     return job.attempt(run, strike.faults, outside, one_is_enough=not strike.outside)
 
 
-def _resumed(number: int, strike: Strike, ended: Attempted, reached: int, start: int | None) -> Row:
+def _resumed(number: int, background: bool, strike: Strike, ended: Attempted, reached: int, start: int | None) -> Row:
     problem = ended.problem or _unexpected_code(strike, ended)
     if start is None:
         return _row(number, strike, ended, reached, None, 0, problem or "no later attempt began", equal=False)
     lost = max(0, reached - start)
-    if lost > strike.most_lost:
-        problem = problem or f"{lost} steps were lost, at most {strike.most_lost} may be"
+    if lost > (most := strike.most_lost(background)):
+        problem = problem or f"{lost} steps were lost, at most {most} may be"
     return _row(number, strike, ended, reached, start, lost, problem, equal=False)
 
 
