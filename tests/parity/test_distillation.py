@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.corpora import alpaca_rows, tiny_store
+from tests.support.corpora import alpaca_rows, message_rows, tiny_store
 from tests.support.training import losses, settings
 from tools.export import export_checkpoint
 from tools.models import load_model
@@ -56,35 +56,52 @@ def predictions(tmp_path_factory: pytest.TempPathFactory, short: TokenStore, mod
     return out
 
 
-@pytest.mark.parametrize("rows", [{}, {"packing": False}, {"sequence_length": 256}])
-def test_every_target_comes_with_what_the_teacher_predicts_there(
-    short: TokenStore, model: Path, predictions: Path, rows: dict[str, Any]
-) -> None:
-    plan = short.plan(short.plan_spec(**rows))
+def compare(store: TokenStore, model: Path, predictions: Path, rows: dict[str, Any]) -> None:
+    """Every target of the first step comes with what the model predicts there."""
+    plan = store.plan(store.plan_spec(**rows))
     network = SupervisedLanguageModel(load_model(model)[0])
     feed = Feed(
-        short,
+        store,
         plan,
         order=GlobalOrder(plan.n_rows, 1),
         global_batch_size=6,
         micro_batch_size=3,
         rank=0,
         world_size=1,
-        teacher=open_teacher(predictions, short),
+        teacher=open_teacher(predictions, store),
     )
     for batch in feed.next_step().micro_batches:
         assert batch.teacher is not None
         with torch.inference_mode():
             logits = network(torch.from_numpy(batch.input_ids), torch.from_numpy(batch.position_ids))
         wanted = torch.from_numpy(batch.targets) != IGNORED
-        expected = (logits[wanted][:, : short.vocabulary_size] / TEMPERATURE).log_softmax(dim=1)
+        expected = (logits[wanted][:, : store.vocabulary_size] / TEMPERATURE).log_softmax(dim=1)
         best, chosen = expected.topk(TOP_K, dim=1)
         assert np.array_equal(batch.teacher.candidates, chosen.numpy())
         # float16 keeps eleven bits.
         assert np.allclose(batch.teacher.log_probabilities[:, :-1], best.numpy(), rtol=1e-3)
-        total = np.exp(batch.teacher.log_probabilities).sum(axis=1)
-        assert np.allclose(total, 1, atol=2e-3)
+        assert np.allclose(np.exp(batch.teacher.log_probabilities).sum(axis=1), 1, atol=2e-3)
     feed.close()
+
+
+@pytest.mark.parametrize("rows", [{}, {"packing": False}, {"sequence_length": 256}])
+def test_every_target_comes_with_what_the_teacher_predicts_there(
+    short: TokenStore, model: Path, predictions: Path, rows: dict[str, Any]
+) -> None:
+    compare(short, model, predictions, rows)
+
+
+def test_long_documents_are_read_in_the_windows_of_the_store(tmp_path: Path, model: Path) -> None:
+    system = {"role": "system", "content": "be brief"}
+    rows = [
+        {"messages": [system, *(turn for turn in row["messages"] if turn["role"] != "system")]}
+        for row in message_rows(8, seed=3, turns=9, longest=20)
+    ]
+    store = tiny_store(tmp_path, rows, 128, ["windows.pin_prefix=true"], shard_tokens=900)
+    assert store.plan().head.any()
+    assert (store.plan().start > 0).any()
+    teach(model, store.path, tmp_path / "out", TOP_K, TEMPERATURE)
+    compare(store, model, tmp_path / "out", {})
 
 
 def test_a_student_that_is_its_teacher_has_nothing_to_learn_and_others_learn_on_any_ranks(
