@@ -67,19 +67,20 @@ def stopwatch() -> Iterator[Stopwatch]:
 
 @contextmanager
 def memory_of_children() -> Iterator[Facts]:
-    """Peak memory of all child processes together during a block: `peak` bytes, shared pages divided among them."""
+    """Most memory that all child processes held together during a block, in bytes; what they share counts once.
+
+    `anonymous` is what they allocated; `mapped` are pages of files, which the system takes back when it needs memory.
+    """
     import psutil
 
-    found: Facts = {"peak": 0}
+    found: Facts = {"anonymous": 0, "mapped": 0}
     ended = threading.Event()
 
     def sample() -> None:
         while not ended.wait(CHILDREN_SAMPLE_SECONDS):
-            total = 0
-            for child in psutil.Process().children(recursive=True):
-                with suppress(psutil.Error):
-                    total += child.memory_full_info().pss
-            found["peak"] = max(found["peak"], total)
+            held = [_proportional(child.pid) for child in psutil.Process().children(recursive=True)]
+            for place, name in enumerate(found):
+                found[name] = max(found[name], sum(each[place] for each in held))
 
     sampler = threading.Thread(target=sample)
     sampler.start()
@@ -88,6 +89,15 @@ def memory_of_children() -> Iterator[Facts]:
     finally:
         ended.set()
         sampler.join()
+
+
+def _proportional(process: int) -> tuple[int, int]:
+    """Anonymous and mapped bytes of a process, shared pages divided among their owners; none when it has ended."""
+    with suppress(OSError):
+        lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()[1:]
+        sizes = {name: int(value.split()[0]) << 10 for name, _, value in (line.partition(":") for line in lines)}
+        return sizes["Pss_Anon"], sizes["Pss_File"]
+    return 0, 0
 
 
 def _cpu_seconds() -> float:

@@ -323,7 +323,7 @@ def prepare(source: str, tokenizer: str, out: str, sequence_length: int, workers
     return {
         "cpu": watch.cpu,
         "wall": watch.wall,
-        "peak": memory["peak"],
+        **memory,
         "work": Path(source).stat().st_size / 1e6,
         "files": len(files),
         "sha256": digest.hexdigest(),

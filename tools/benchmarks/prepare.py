@@ -40,7 +40,10 @@ def run(work: Path, tokenizer: Path, megabytes: float, seed: int, say: Say) -> l
     one = outcomes[0].facts
 
     def note(facts: Facts) -> str:
-        used = f"{facts['wall']:.1f} s wall, {facts['cpu']:.1f} s CPU, {facts['peak'] / 1e6:,.0f} MB of memory at most"
+        used = (
+            f"{facts['wall']:.1f} s wall, {facts['cpu']:.1f} s CPU; {facts['anonymous'] / 1e6:,.0f} MB allocated, "
+            f"{facts['mapped'] / 1e6:,.0f} MB of files mapped"
+        )
         if one is None or facts is one:
             return f"{facts['files']} files; {used}"
         same = "the same bytes" if facts["sha256"] == one["sha256"] else "OTHER BYTES than with one worker"
