@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tools.quantizing.schemes import SCHEMES
+from trainer.config.arguments import add_trust_argument
 from trainer.errors import NotEqualError, UsageError
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--environment", type=Path, metavar="DIR", help="environment that has llm-compressor")
     parser.add_argument("--llama-cpp", type=Path, metavar="DIR", help="checkout of llama.cpp, for GGUF")
     parser.add_argument("--gguf-pre", metavar="NAME", help="tokenizer of llama.cpp that cuts words as the model's does")
+    add_trust_argument(parser)
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
@@ -109,6 +111,7 @@ def run(arguments: argparse.Namespace) -> int:
         environment=arguments.environment,
         llama_cpp=arguments.llama_cpp,
         gguf_pre=arguments.gguf_pre,
+        trusted_code=arguments.trust_remote_code,
     )
     if arguments.json:
         print(json.dumps(asdict(report)))
@@ -128,13 +131,15 @@ def quantize_model(
     environment: Path | None = None,
     llama_cpp: Path | None = None,
     gguf_pre: str | None = None,
+    trusted_code: str | None = None,
 ) -> QuantizeReport:
     """Write the smaller form of the model directory `model` to the new directory `out`.
 
     `held_out` are token ids to compare on, beside the probes in `proof.json`; `calibration` those that the scheme may
-    need. Raises UsageError for a model that is quantized already or a scheme that lacks something, DataError when a
-    weight is not finite or the result gives logits that are not, NotEqualError when it lost more than `max_kl`,
-    CannotWriteError when `out` exists or its disk is too small. After an error `out` is not there.
+    need; `trusted_code` is the revision of the model's own code that may run. Raises UsageError for a model that is
+    quantized already or a scheme that lacks something, DataError when a weight is not finite or the result gives logits
+    that are not, NotEqualError when it lost more than `max_kl`, CannotWriteError when `out` exists or its disk is too
+    small. After an error `out` is not there.
     """
     from tools.artefact import copy_files, describe, new_directory, refuse_existing, write_manifest
     from tools.models import (
@@ -146,12 +151,16 @@ def quantize_model(
         weight_files,
     )
     from trainer.durable import write_file
+    from trainer.model.remote_code import own_classes, trust_remote_code
 
     started = time.monotonic()
     refuse_existing(out)
     check_model_directory(model)
     if is_quantized(model) or "quantization_config" in json.loads((model / "config.json").read_bytes()):
         raise UsageError(f"{model} is quantized already", "quantize the export it was made from")
+    if own_classes(model) and SCHEMES[scheme].maker != "embedded":
+        raise UsageError(f"{model} has code of its own, which the makers of {scheme} do not run", "choose int8")
+    trust_remote_code(model, trusted_code)
     quiet_transformers()
     before = sum(path.stat().st_size for path in set(weight_files(model, "model").values()))
     prompts, prompts_from = _prompts(model, load_tokenizer(model), held_out)

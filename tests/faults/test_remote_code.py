@@ -13,6 +13,7 @@ from tests.support.served import start
 from tests.support.training import LLAMA, settings
 from tools.blame import blame_step
 from tools.export import export_checkpoint
+from tools.quantize import quantize_model
 from trainer.checkpoint.verify import find_checkpoint, read_manifest
 from trainer.config.schema import Model
 from trainer.errors import DataError, UsageError
@@ -83,6 +84,11 @@ def test_trained_resumed_and_exported(model, tmp_path, two_ranks, store):
     report = export_checkpoint(run, tmp_path / "out", trusted_code=revision)
     assert report.logit_max_diff == pytest.approx(0, abs=1e-5), "the exported network is another one"
     assert code_files(tmp_path / "out") == code_files(model)
+    with pytest.raises(UsageError, match="which the makers of w8a8 do not run; choose int8"):
+        quantize_model(tmp_path / "out", tmp_path / "int8", "w8a8", trusted_code=revision)
+    smaller = quantize_model(tmp_path / "out", tmp_path / "int8", trusted_code=revision)
+    assert smaller.quality.mean_kl < 1e-2
+    assert code_files(tmp_path / "int8") == code_files(model)
     with pytest.raises(UsageError, match=f"if you pass --trust-remote-code {revision}"):
         blame_step(run, 1)
     assert blame_step(run, 1, trusted_code=revision).loss == pytest.approx(first_loss(run), abs=1e-5)
