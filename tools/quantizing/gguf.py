@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -38,6 +39,14 @@ TextModel.get_vocab_base_pre = lambda self, tokenizer: name
 sys.argv = [converter, *words]
 module.main()
 """
+# What llama-quantize does, by the same library.
+_QUANTIZE_BY_LIBRARY = """
+import sys, llama_cpp
+source, target, kind = sys.argv[1:]
+settings = llama_cpp.llama_model_quantize_default_params()
+settings.ftype = getattr(llama_cpp, "LLAMA_FTYPE_MOSTLY_" + kind)
+sys.exit(llama_cpp.llama_model_quantize(source.encode(), target.encode(), settings))
+"""
 
 
 class Gguf:
@@ -53,7 +62,7 @@ class Gguf:
         self._converter = llama_cpp / CONVERTER
         if not self._converter.is_file():
             raise MissingInputError(f"{llama_cpp} has no {CONVERTER}", "name a checkout of llama.cpp")
-        self._quantizer = "" if kind in ("f16", "q8_0") else _quantizer_of(llama_cpp)
+        self._quantizer = [] if kind in ("f16", "q8_0") else _quantizer_of(llama_cpp)
         self.expected_bytes = sum(file.stat().st_size for file in model.glob("*.safetensors"))
 
     def write(self, building: Path) -> None:
@@ -68,15 +77,17 @@ class Gguf:
         else:
             self._run([sys.executable, "-c", _WITH_NAMED_TOKENIZER, converter, self._pre_tokenizer, *words])
         if self._quantizer:
-            self._run([self._quantizer, str(first), str(out), self._kind.upper()])
+            said = self._run([*self._quantizer, str(first), str(out), self._kind.upper()])
+            if wider := re.search(r"(\d+ of \d+) tensor\(s\) required fallback", said):
+                print(f"{wider[1]} tensors keep more bits: {self._kind} needs rows of 256 numbers", file=sys.stderr)
             first.unlink()
 
-    def _run(self, command: list[str]) -> None:
+    def _run(self, command: list[str]) -> str:
         done = subprocess.run(
             command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False
         )
         if not done.returncode:
-            return
+            return done.stdout + done.stderr
         if _UNKNOWN_TOKENIZER in done.stdout + done.stderr:
             raise DataError(
                 f"llama.cpp does not know how the tokenizer of {self._model} cuts words",
@@ -147,9 +158,13 @@ def _same_tokens(tokenizer: Any, loaded: Any, model: Path) -> None:
             )
 
 
-def _quantizer_of(llama_cpp: Path) -> str:
+def _quantizer_of(llama_cpp: Path) -> list[str]:
+    """How to start a program that takes a GGUF file, the one to make, and its kind."""
     built = llama_cpp / "build" / "bin" / QUANTIZER
-    found = str(built) if built.is_file() else shutil.which(QUANTIZER)
-    if found is None:
-        raise MissingInputError(f"there is no {QUANTIZER} in {built.parent} or on PATH", "build llama.cpp")
-    return found
+    if found := str(built) if built.is_file() else shutil.which(QUANTIZER):
+        return [found]
+    if can_load():
+        return [sys.executable, "-c", _QUANTIZE_BY_LIBRARY]
+    raise MissingInputError(
+        f"there is no {QUANTIZER} in {built.parent} or on PATH", "build llama.cpp, or pip install llama-cpp-python"
+    )
