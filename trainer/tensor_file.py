@@ -37,6 +37,7 @@ NUMPY_DTYPES = {
 }  # fmt: skip
 DTYPE_NAMES = {np.dtype(kind): name for name, kind in NUMPY_DTYPES.items()}
 MAX_HEADER_BYTES = 100 << 20
+WRITE_BACK_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ class TensorFileWriter:
         text += b" " * (-len(text) % 8)
         self._prefix = len(text).to_bytes(8, "little") + text
         self._written = 0
+        self._on_its_way = 0
         self._fast = xxhash.xxh3_128()
         self._strong = hashlib.sha256() if with_sha256 else None
         # sha256 is as slow as a disk and neither needs the lock of Python: hashing, writing and the next piece of our
@@ -158,6 +160,11 @@ class TensorFileWriter:
     def _write(self, data: memoryview) -> None:
         while data.nbytes:
             data = data[self._stream.write(data) :]
+        place = self._stream.tell()
+        if place - self._on_its_way >= WRITE_BACK_BYTES:
+            # Pages that are dirty are not dropped but begin to go to the disk: the sync at the end finds few left.
+            os.posix_fadvise(self._stream.fileno(), self._on_its_way, place - self._on_its_way, os.POSIX_FADV_DONTNEED)
+            self._on_its_way = place
 
     def _wait(self) -> None:
         for each in self._pending:
