@@ -13,7 +13,7 @@ import pytest
 from tests.support.corpora import alpaca_rows, message_rows, recipe_of, save_tokenizer, tiny_store, write_json_lines
 from trainer.config.deepspeed import micro_batches
 from trainer.data.build.run import build_store
-from trainer.data.feed import ROWS_AT_ONCE, Feed, StepBatch, evaluation_batches
+from trainer.data.feed import FIRST_ROWS, Feed, StepBatch, evaluation_batches
 from trainer.data.micro_batch import IGNORED, MicroBatch, make_micro_batch
 from trainer.data.mixture import mixed_order
 from trainer.data.order import BlockOrder, GlobalOrder, Order
@@ -288,7 +288,7 @@ def test_errors_come_where_their_step_would_have_come(store: TokenStore) -> None
             return rows
 
     # Rows are looked up for many steps at once.
-    looked_up = ROWS_AT_ONCE // 6 * 6
+    looked_up = FIRST_ROWS // 6 * 6
     kept = looked_up + 2
     feed = feed_in(store, plan, Broken(plan.n_rows, 1))
     assert [feed.next_step().position for _ in range(looked_up // 6)] == [*range(0, looked_up, 6)]

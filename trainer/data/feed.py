@@ -30,8 +30,9 @@ from trainer.data.teacher import Teacher
 from trainer.errors import DataError
 
 STEPS_AHEAD = 2
-ROWS_AT_ONCE = 1024
-"""Whose order, and whose places in the store, are found together."""
+FIRST_ROWS, ROWS_AT_ONCE = 256, 4096
+"""Whose order, and whose places in the store, are found together: few at first, for training waits for the first step,
+then twice as many each time, up to so many."""
 CLOSE_SECONDS = 10.0
 
 
@@ -134,9 +135,11 @@ class Feed:
         assembler = Assembler(self._store, self._plan)
         # The order costs about as much for a thousand positions as for one, and so does looking up where rows lie. But
         # that opens their shards, and those of a store at a URL are fetched for one step after the other.
-        ordered = max(1, ROWS_AT_ONCE // size)
-        looked_up = 1 if self._store.is_remote else ordered
+        rows_at_once = FIRST_ROWS
         while True:
+            ordered = max(1, rows_at_once // size)
+            rows_at_once = min(2 * rows_at_once, ROWS_AT_ONCE)
+            looked_up = 1 if self._store.is_remote else ordered
             steps = self._order.rows_at(np.arange(position, position + ordered * size)).reshape(ordered, size)
             for begin in range(0, ordered, looked_up):
                 some = steps[begin : begin + looked_up]
