@@ -80,12 +80,13 @@ def rows_within(path: Path, chunk_bytes: int, documents: str) -> Iterator[RawRow
             yield from chunk.rows()
 
 
-def test_ten_thousand_mutated_files_give_rows_or_an_error(seeds: dict[str, bytes], tmp_path: Path) -> None:
-    source = random.Random(20_240_501)
+@pytest.mark.parametrize("count", [10_000, pytest.param(1_000_000, marks=[pytest.mark.soak, pytest.mark.timeout(0)])])
+def test_mutated_files_give_rows_or_an_error(count: int, seed: int, seeds: dict[str, bytes], tmp_path: Path) -> None:
+    source = random.Random(seed)
     names = [name for name in seeds if name != "tokens.bin"]
     (tmp_path / "tokens.bin").write_bytes(seeds["tokens.bin"])
     outcomes: Counter[str] = Counter()
-    for number in range(10_000):
+    for number in range(count):
         name = names[number % len(names)]
         content = mutated(seeds[name], source)
         path = tmp_path / name
@@ -99,11 +100,11 @@ def test_ten_thousand_mutated_files_give_rows_or_an_error(seeds: dict[str, bytes
         except SteadfastError as error:
             outcomes["error" if str(error).count("\n") == 0 else "error of several lines"] += 1
         except Exception as error:
-            pytest.fail(f"{name} gave {error!r}: {content!r}")
+            pytest.fail(f"{name}, input {number} of seed {seed}, gave {error!r}: {content!r}")
         assert time.process_time() - start < 1, (name, content)
     assert outcomes["error of several lines"] == 0
     # Mutations must reach all three, or the test shows nothing.
-    assert min(outcomes["row"], outcomes["bad row"], outcomes["error"]) > 1_000, outcomes
+    assert min(outcomes["row"], outcomes["bad row"], outcomes["error"]) > count / 10, outcomes
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "array.json", "objects.json", "rows.csv", "text.txt"])
