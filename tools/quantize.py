@@ -6,8 +6,8 @@
 
 int8 needs nothing else: `steadfast serve`, `steadfast eval` and tools.models.load_model read it. The others of
 compressed-tensors (for vLLM, SGLang and transformers with that package) are made by llm-compressor, in an environment
-of its own that is made at the first use; pruned models are plain ones with zeros. The result is loaded again by a fresh
-process, generates, and is compared with the original on --data before it gets its name: perplexity of both, KL
+of its own that is made at the first use; pruned models are plain ones with zeros. The result is loaded again from disk,
+answers, and is compared with the original on --data before it gets its name: perplexity of both, KL
 divergence of the next-token distributions, share of positions with the same first choice (quality.json). With --max-kl
 a model that lost more is not kept (exit code 1).
 """
@@ -94,12 +94,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Quantize and print what was lost."""
-    from tools.models import check_model_directory, load_tokenizer
+    from tools.models import check_model_directory, load_tokenizer, quiet_transformers
     from tools.quantizing.texts import ids_of
 
     if arguments.calibration_rows < 1:
         raise UsageError(f"--calibration-rows {arguments.calibration_rows} is less than 1", "give a positive number")
     check_model_directory(arguments.model)
+    quiet_transformers()
     tokenizer = load_tokenizer(arguments.model)
     report = quantize_model(
         arguments.model,
@@ -154,17 +155,19 @@ def quantize_model(
     from trainer.model.remote_code import own_classes, trust_remote_code
 
     started = time.monotonic()
+    if scheme not in SCHEMES:
+        raise UsageError(f"there is no scheme '{scheme}'", f"choose {', '.join(SCHEMES)}")
     refuse_existing(out)
     check_model_directory(model)
     if is_quantized(model) or "quantization_config" in json.loads((model / "config.json").read_bytes()):
         raise UsageError(f"{model} is quantized already", "quantize the export it was made from")
-    if own_classes(model) and SCHEMES[scheme].maker != "embedded":
-        raise UsageError(f"{model} has code of its own, which the makers of {scheme} do not run", "choose int8")
+    if own_classes(model) and SCHEMES[scheme].maker == "llama.cpp":
+        raise UsageError(f"{model} has code of its own, which llama.cpp does not run", "choose int8 or fp8")
     trust_remote_code(model, trusted_code)
     quiet_transformers()
     before = sum(path.stat().st_size for path in set(weight_files(model, "model").values()))
     prompts, prompts_from = _prompts(model, load_tokenizer(model), held_out)
-    maker = _maker(model, scheme, calibration, environment, llama_cpp, gguf_pre)
+    maker = _maker(model, scheme, calibration, environment, llama_cpp, gguf_pre, trusted_code)
     if max_kl is not None and maker.compare is None:
         raise UsageError(
             f"nothing here loads {scheme}, so --max-kl cannot be held", "pip install llama-cpp-python, or drop --max-kl"
@@ -209,11 +212,10 @@ def _maker(
     environment: Path | None,
     llama_cpp: Path | None,
     gguf_pre: str | None,
+    trusted_code: str | None,
 ) -> _Maker:
     import torch
 
-    if scheme not in SCHEMES:
-        raise UsageError(f"there is no scheme '{scheme}'", f"choose {', '.join(SCHEMES)}")
     if SCHEMES[scheme].needs_gpu and not torch.cuda.is_available():
         raise UsageError(f"llm-compressor makes {scheme} on a GPU only, and there is none", "choose w4a16-gptq")
     if SCHEMES[scheme].calibrated and not calibration:
@@ -230,15 +232,15 @@ def _maker(
         return _Maker(file.write, file.expected_bytes, partial(gguf.compare, model) if gguf.can_load() else None)
     if scheme.startswith("w4a16"):
         _refuse_odd_widths(model, scheme)
-    from tools.quantizing import compressed
+    from tools.quantizing.compressed import Compressor
     from tools.quantizing.environment import python_of
 
-    python = python_of(environment)
+    compressor = Compressor(python_of(environment), model, trusted_code)
     rows = calibration if calibration and SCHEMES[scheme].calibrated else ()
     return _Maker(
-        lambda building: compressed.compress(python, model, building, scheme, rows),
+        lambda building: compressor.compress(building, scheme, rows),
         sum(file.stat().st_size for file in model.glob("*.safetensors")),
-        partial(compressed.compare, python, model),
+        compressor.compare,
     )
 
 

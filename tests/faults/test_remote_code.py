@@ -84,8 +84,10 @@ def test_trained_resumed_and_exported(model, tmp_path, two_ranks, store):
     report = export_checkpoint(run, tmp_path / "out", trusted_code=revision)
     assert report.logit_max_diff == pytest.approx(0, abs=1e-5), "the exported network is another one"
     assert code_files(tmp_path / "out") == code_files(model)
-    with pytest.raises(UsageError, match="which the makers of w8a8 do not run; choose int8"):
-        quantize_model(tmp_path / "out", tmp_path / "int8", "w8a8", trusted_code=revision)
+    with pytest.raises(UsageError, match=r"has code of its own, which llama\.cpp does not run; choose int8 or fp8"):
+        quantize_model(tmp_path / "out", tmp_path / "int8", "gguf-f16", trusted_code=revision)
+    with pytest.raises(UsageError, match=f"if you pass --trust-remote-code {revision}"):
+        quantize_model(tmp_path / "out", tmp_path / "int8")
     smaller = quantize_model(tmp_path / "out", tmp_path / "int8", trusted_code=revision)
     assert smaller.quality.mean_kl < 1e-2
     assert code_files(tmp_path / "int8") == code_files(model)

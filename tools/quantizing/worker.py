@@ -3,6 +3,9 @@
     {"action": "compress", "model", "out", "scheme", "calibration": [[ids], ...]}     weights and config.json in `out`
     {"action": "compare", "model", "changed", "prompts": [[ids], ...]}                a Quality
 
+Both with "trusted_code", the revision of the model's own code that may run, or null: this process reads and hashes the
+files itself, so what the other one looked at does not matter.
+
 Of our own modules it imports only what needs nothing but torch.
 """
 
@@ -12,9 +15,11 @@ import json
 import re
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from trainer.errors import DataError, SteadfastError
+from trainer.model.remote_code import own_classes, trust_remote_code
 from trainer.orphans import die_with_parent
 
 # Heads and routers keep their precision: they decide, and are small.
@@ -25,8 +30,9 @@ def main() -> None:
     """Entry of the process."""
     request = json.load(sys.stdin)
     die_with_parent(request.pop("parent"))
-    action = request.pop("action")
+    action, trusted_code = request.pop("action"), request.pop("trusted_code")
     try:
+        trust_remote_code(Path(request["model"]), trusted_code)
         answer = compress(**request) if action == "compress" else compare(**request)
     except SteadfastError as error:
         answer = {"fact": error.fact, "remedy": error.remedy}
@@ -53,7 +59,15 @@ def compress(model: str, out: str, scheme: str, calibration: list[list[int]]) ->
     if scheme == "sparse24-magnitude":
         _prune_by_magnitude(loaded)
     else:
-        oneshot(model=loaded, recipe=_recipe(scheme), **options)
+        try:
+            oneshot(model=loaded, recipe=_recipe(scheme), **options)
+        except RuntimeError as error:
+            # To calibrate layer by layer the library rewrites the source of the network, which not every code survives.
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+            raise DataError(
+                f"llm-compressor cannot make {scheme} of {model}: {reason}",
+                "fp8, w4a16-rtn and int8 follow no code" if own_classes(Path(model)) else "choose another scheme",
+            ) from error
     loaded.save_pretrained(out, save_compressed=not scheme.startswith("sparse24"))
     return {"layers": sum(1 for module in loaded.modules() if isinstance(module, torch.nn.Linear)) - 1}
 
