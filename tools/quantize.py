@@ -185,7 +185,7 @@ def quantize_model(
                 f"{scheme} loses {quality.mean_kl:.3g} nats (mean KL, {prompts_from}) where {max_kl:g} is allowed",
                 "nothing was written; choose a gentler scheme, or calibrate on more rows",
             )
-        about = {"scheme": scheme, "prompts": len(prompts), "prompts_from": prompts_from, "max_kl": max_kl}
+        about = {"scheme": scheme, "prompts": len(prompts), "prompts_from": prompts_from, "allowed_mean_kl": max_kl}
         lost = {} if quality is None else asdict(quality)
         write_file(building / QUALITY_NAME, json.dumps(about | lost, indent=1) + "\n")
         write_file(building / "README.md", _model_card(out.name, model, scheme, quality, prompts_from))

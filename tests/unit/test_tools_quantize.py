@@ -266,6 +266,8 @@ def test_a_model_that_lost_too_much_is_not_kept(export: Path, tmp_path: Path) ->
     lost = quantize_model(export, tmp_path / "kept", held_out=ids_of_chat(), max_kl=1.0).quality
     assert lost is not None
     assert 0 < lost.mean_kl <= lost.p99_kl <= lost.max_kl
+    about = json.loads((tmp_path / "kept/quality.json").read_text())
+    assert (about["allowed_mean_kl"], about["max_kl"]) == (1.0, lost.max_kl)
     assert lost.perplexity_before == pytest.approx(lost.perplexity_after, rel=0.05)
     with pytest.raises(NotEqualError, match="where 1e-12 is allowed"):
         quantize_model(export, tmp_path / "lost", held_out=ids_of_chat(), max_kl=1e-12)

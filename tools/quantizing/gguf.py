@@ -73,16 +73,18 @@ class Gguf:
         words += ["--outtype", "f16" if self._quantizer else self._kind]
         converter = str(self._converter.absolute())
         if self._pre_tokenizer is None:
-            self._run([sys.executable, converter, *words])
+            self._run(CONVERTER, [sys.executable, converter, *words])
         else:
-            self._run([sys.executable, "-c", _WITH_NAMED_TOKENIZER, converter, self._pre_tokenizer, *words])
+            named = [sys.executable, "-c", _WITH_NAMED_TOKENIZER, converter, self._pre_tokenizer]
+            self._run(CONVERTER, [*named, *words])
         if self._quantizer:
-            said = self._run([*self._quantizer, str(first), str(out), self._kind.upper()])
+            said = self._run(QUANTIZER, [*self._quantizer, str(first), str(out), self._kind.upper()])
             if wider := re.search(r"(\d+ of \d+) tensor\(s\) required fallback", said):
                 print(f"{wider[1]} tensors keep more bits: {self._kind} needs rows of 256 numbers", file=sys.stderr)
             first.unlink()
 
-    def _run(self, command: list[str]) -> str:
+    def _run(self, program: str, command: list[str]) -> str:
+        """What `command` said; DataError in the name of `program` when it failed."""
         done = subprocess.run(
             command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False
         )
@@ -94,7 +96,7 @@ class Gguf:
                 "say which known one cuts alike, e.g. --gguf-pre gpt-2 for a ByteLevel tokenizer of your own",
             )
         said = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()] or ["it said nothing"]
-        raise DataError(f"{Path(command[-1] if command[0] != sys.executable else CONVERTER).name}: {said[-1]}")
+        raise DataError(f"{program} ended with {done.returncode}: {said[-1].strip()}", "is it a model llama.cpp knows?")
 
 
 def can_load() -> bool:
@@ -113,10 +115,12 @@ def compare(model: Path, directory: Path, prompts: Sequence[Sequence[int]]) -> Q
     from tools.models import load_model
     from tools.quantizing.quality import MAX_PROMPT_TOKENS, quality
 
+    # It keeps the logits of its whole context: no longer than it has to be.
+    context = min(MAX_PROMPT_TOKENS, max(map(len, prompts), default=1))
     original, tokenizer = load_model(model, device="cpu")
     (file,) = directory.glob("*.gguf")
     try:
-        loaded = llama_cpp.Llama(str(file), n_ctx=MAX_PROMPT_TOKENS, logits_all=True, verbose=False)
+        loaded = llama_cpp.Llama(str(file), n_ctx=context, logits_all=True, verbose=False)
     except ValueError as error:
         raise DataError(
             f"llama.cpp does not load {file.name}", "its architecture or tokenizer is not known there"
