@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tools.serving.admission import Keys, read_keys
+from tools.serving.admission import Keys, Limits, read_keys
 from tools.serving.engines import EngineSpec, Machine, Wanted, choose_engine
+from tools.serving.gateway import Gateway
 from tools.serving.supervisor import Patience, Supervisor
 from tools.serving.usage_tap import UsageTap
 from trainer.errors import DataError, MissingInputError, SteadfastError, UsageError
@@ -53,6 +54,39 @@ def test_the_engine_is_chosen_by_machine_and_model_with_a_reason(tmp_path: Path)
         assert "1234" in words
         assert str(what.model) in words
         assert "secret-key" not in words or name == "sglang"
+
+
+def test_engines_of_others_are_greedy_unless_the_model_asks_for_sampling(tmp_path: Path) -> None:
+    both = machine(programs="llama-server vllm", modules="sglang", gpu=True)
+    cases = [
+        (wanted(tmp_path / "m"), "vllm", {}),
+        (wanted(tmp_path / "m"), "sglang", {"max_tokens": 100}),
+        (wanted(tmp_path / "m.gguf"), "llamacpp", {"max_tokens": 100}),
+    ]
+    asked = {"temperature": 0.6, "top_p": None, "top_k": 20}
+    for configured, sampling in (
+        (None, {"temperature": 0}),
+        (asked, {"temperature": 0}),
+        (asked | {"do_sample": True}, {"temperature": 0.6, "top_p": 1.0}),
+    ):
+        for what, engine, bound in cases:
+            directory = tmp_path if what.model.suffix else what.model
+            (directory / "generation_config.json").write_text("" if configured is None else json.dumps(configured))
+            assert choose_engine(engine, what, both).defaults == bound | sampling
+    assert choose_engine("embedded", cases[0][0], both).defaults == {}
+
+
+def test_defaults_fill_what_a_request_leaves_out(tmp_path: Path) -> None:
+    spec = choose_engine("auto", wanted(tmp_path / "m.gguf"), machine(programs="llama-server"))
+    gateway = Gateway("m", Supervisor(spec), Limits(100, 16, 64), Keys([]))
+
+    def sent(**fields: Any) -> dict[str, Any]:
+        body, _ = gateway._prepare("/v1/completions", json.dumps({"prompt": "a", **fields}).encode())
+        return {name: value for name, value in json.loads(body).items() if name not in ("model", "prompt")}
+
+    assert sent() == {"max_tokens": 100, "temperature": 0}
+    assert sent(temperature=None) == {"max_tokens": 100, "temperature": 0}
+    assert sent(temperature=0.5, max_completion_tokens=7) == {"max_tokens": 7, "temperature": 0.5}
 
 
 def test_what_cannot_work_is_refused_before_the_start(tmp_path: Path) -> None:

@@ -63,8 +63,8 @@ class EngineSpec:
     """Requests (path, body) of which one must succeed before traffic."""
     routes: tuple[str, ...]
     health: str = "/health"
-    default_tokens: int | None = None
-    """Put into requests that give no bound, where the engine has none of its own."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Put into requests that lack these fields, where the engine's own defaults are others than ours."""
     notes: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     start_seconds: float = 900.0
@@ -181,6 +181,23 @@ def _chat_checks(wanted: Wanted) -> tuple[tuple[str, dict[str, Any]], ...]:
     )
 
 
+def _defaults(wanted: Wanted) -> dict[str, Any]:
+    """What an engine that is not ours would choose otherwise: most sample when a request gives no temperature."""
+    return {"max_tokens": wanted.max_new_tokens, **_sampling_of(wanted.model)}
+
+
+def _sampling_of(model: Path) -> dict[str, Any]:
+    """As the generation_config.json in a model's directory, or beside a GGUF file, asks; greedy where it does not."""
+    directory = model.parent if model.suffix == ".gguf" else model
+    try:
+        asked = json.loads((directory / "generation_config.json").read_bytes())
+    except (OSError, ValueError):
+        asked = {}
+    if not (isinstance(asked, dict) and asked.get("do_sample")):
+        return {"temperature": 0}
+    return {name: asked[name] if asked.get(name) is not None else 1.0 for name in ("temperature", "top_p")}
+
+
 def _embedded(wanted: Wanted, reason: str, machine: Machine) -> EngineSpec:
     head = head_of(wanted.model)
     extra = [] if wanted.context is None else ["--context", str(wanted.context)]
@@ -217,7 +234,7 @@ def _llamacpp(wanted: Wanted, reason: str, machine: Machine) -> EngineSpec:
 
         return EngineSpec(
             "llamacpp", f"{reason}; {native}", command, ("LLAMA_API_KEY",), _chat_checks(wanted), GENERATE,
-            default_tokens=wanted.max_new_tokens,
+            defaults=_defaults(wanted),
         )  # fmt: skip
     if not (machine.modules("llama_cpp") and machine.modules("uvicorn")):
         raise _missing("llamacpp")
@@ -228,9 +245,10 @@ def _llamacpp(wanted: Wanted, reason: str, machine: Machine) -> EngineSpec:
             *("--host", "127.0.0.1", "--port", str(port), "--n_ctx", str(context), "--interrupt_requests", "false"),
         ]
 
+    # Its server punishes repetition when it is not told otherwise: greedy answers would not be the model's.
     return EngineSpec(
         "llamacpp", f"{reason}; llama-cpp-python, as no llama-server is on PATH", serial, ("API_KEY",),
-        _chat_checks(wanted), GENERATE, health="/v1/models", default_tokens=wanted.max_new_tokens,
+        _chat_checks(wanted), GENERATE, health="/v1/models", defaults={**_defaults(wanted), "repeat_penalty": 1.0},
         notes=("llama-cpp-python answers one request at a time; llama-server on PATH answers many",),
     )  # fmt: skip
 
@@ -253,7 +271,7 @@ def _openvino(wanted: Wanted, reason: str, machine: Machine) -> EngineSpec:
 
     return EngineSpec(
         "openvino", f"{reason}; {program}", command, ("API_KEY",), _chat_checks(wanted), GENERATE,
-        health="/v2/health/live", default_tokens=wanted.max_new_tokens,
+        health="/v2/health/live", defaults=_defaults(wanted),
     )  # fmt: skip
 
 
@@ -273,7 +291,7 @@ def _vllm(wanted: Wanted, reason: str, machine: Machine) -> EngineSpec:
         ]
 
     return EngineSpec(
-        "vllm", reason, command, ("VLLM_API_KEY",), _chat_checks(wanted), GENERATE,
+        "vllm", reason, command, ("VLLM_API_KEY",), _chat_checks(wanted), GENERATE, defaults=_sampling_of(wanted.model),
         environment={"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"},
     )  # fmt: skip
 
@@ -291,7 +309,7 @@ def _sglang(wanted: Wanted, reason: str, machine: Machine) -> EngineSpec:
         ]
 
     return EngineSpec(
-        "sglang", reason, command, (), _chat_checks(wanted), GENERATE, default_tokens=wanted.max_new_tokens,
+        "sglang", reason, command, (), _chat_checks(wanted), GENERATE, defaults=_defaults(wanted),
         environment={"HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
 

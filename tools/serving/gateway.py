@@ -144,8 +144,11 @@ class Gateway:
             raise RequestError(400, message, param="max_completion_tokens")
         # One name for all: llama-cpp-python ignores the newer one without a word.
         fields.pop("max_completion_tokens", None)
-        if (tokens := wanted or self._engine.spec.default_tokens) is not None:
-            fields["max_tokens"] = tokens
+        if wanted is not None:
+            fields["max_tokens"] = wanted
+        for name, value in self._engine.spec.defaults.items():
+            if fields.get(name) is None:
+                fields[name] = value
         for name in ("n", "best_of"):
             if fields.get(name, 1) != 1:
                 raise RequestError(400, f"{name} is not supported; only 1", param=name)
