@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from tools.checkpoint_tensors import PIECE_ELEMENTS, is_finite
 from trainer.errors import DataError
 from trainer.tensor_file import TensorFile
@@ -54,9 +52,7 @@ class ModelTensors:
         """Elements [start, start + count) of the flattened tensor in its own dtype; a copy."""
         import torch
 
-        found = np.array(self._files[name].array(name, start, count))
-        self._files[name].forget()
-        tensor = torch.from_numpy(found)
+        tensor = torch.from_numpy(self._files[name].read(name, start, count))
         return tensor.view(torch.bfloat16) if self.dtypes[name] == "BF16" else tensor
 
     def pieces(self, name: str) -> Iterator[torch.Tensor]:

@@ -14,9 +14,11 @@ import json
 import math
 import mmap
 import os
+from collections import deque
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -38,6 +40,9 @@ NUMPY_DTYPES = {
 DTYPE_NAMES = {np.dtype(kind): name for name, kind in NUMPY_DTYPES.items()}
 MAX_HEADER_BYTES = 100 << 20
 WRITE_BACK_BYTES = 32 << 20
+READ_AHEAD_BYTES = 8 << 20
+QUEUED_BYTES = 16 << 20
+"""What may wait to be hashed and written while the next piece is made."""
 
 
 @dataclass(frozen=True)
@@ -90,10 +95,10 @@ class TensorFileWriter:
         self._on_its_way = 0
         self._fast = xxhash.xxh3_128()
         self._strong = hashlib.sha256() if with_sha256 else None
-        # sha256 is as slow as a disk and neither needs the lock of Python: hashing, writing and the next piece of our
-        # caller go on side by side.
-        self._workers = ThreadPoolExecutor(2) if with_sha256 else None
-        self._pending: list[Future[None]] = []
+        # sha256 is as slow as a disk and neither needs the lock of Python: hashing, writing and the next pieces of our
+        # caller go on side by side. One thread each: both need their pieces in order.
+        self._workers = (ThreadPoolExecutor(1), ThreadPoolExecutor(1)) if with_sha256 else None
+        self._pending: deque[tuple[int, Future[None], Future[None]]] = deque()
 
     def __enter__(self) -> TensorFileWriter:
         with write_errors(self.path):
@@ -108,7 +113,7 @@ class TensorFileWriter:
     def write_pieces(self, name: str, pieces: Iterable[np.ndarray[Any, Any]]) -> None:
         """The same for a tensor that comes in pieces, in the order of its elements.
 
-        With sha256 a piece must not change after it was given: it is hashed and written while the next one is made.
+        With sha256 a piece must not change after it was given: it is hashed and written while the next ones are made.
         """
         expected_name, expected = self._expected[self._written] if self._written < len(self._expected) else ("", 0)
         size = 0
@@ -130,14 +135,14 @@ class TensorFileWriter:
                 if self._written != len(self._expected):
                     raise ValueError(f"{self.path}: {self._expected[self._written][0]} was announced and never written")
                 with write_errors(self.path):
-                    self._wait()
+                    self._wait_until(0)
                     os.fsync(self._stream.fileno())
                     size = self._stream.tell()
                 strong = self._strong.hexdigest() if self._strong else None
                 self._digest = FileDigest(size, self._fast.hexdigest(), strong)
         finally:
-            if self._workers:
-                self._workers.shutdown()
+            for worker in self._workers or ():
+                worker.shutdown(cancel_futures=True)
             with write_errors(self.path):
                 self._stream.close()
 
@@ -149,13 +154,14 @@ class TensorFileWriter:
         return self._digest
 
     def _put(self, data: memoryview) -> None:
-        """Hash and write the next bytes; with sha256 in other threads, one piece at a time."""
+        """Hash and write the next bytes; with sha256 in other threads, a bounded number of bytes behind."""
         self._fast.update(data)
         if self._strong is None or self._workers is None:
             self._write(data)
             return
-        self._wait()
-        self._pending = [self._workers.submit(self._strong.update, data), self._workers.submit(self._write, data)]
+        self._wait_until(QUEUED_BYTES - data.nbytes)
+        hasher, writer = self._workers
+        self._pending.append((data.nbytes, hasher.submit(self._strong.update, data), writer.submit(self._write, data)))
 
     def _write(self, data: memoryview) -> None:
         while data.nbytes:
@@ -166,9 +172,12 @@ class TensorFileWriter:
             os.posix_fadvise(self._stream.fileno(), self._on_its_way, place - self._on_its_way, os.POSIX_FADV_DONTNEED)
             self._on_its_way = place
 
-    def _wait(self) -> None:
-        for each in self._pending:
-            each.result()
+    def _wait_until(self, left: int) -> None:
+        """Wait until at most `left` bytes are neither hashed nor written; raises what went wrong with the others."""
+        while self._pending and sum(size for size, *_ in self._pending) > left:
+            _, hashed, written = self._pending.popleft()
+            hashed.result()
+            written.result()
 
 
 class TensorFile:
@@ -180,37 +189,59 @@ class TensorFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.entries, self.metadata = _read_header(path)
-        self._map: mmap.mmap | None = None
+        self._stream: FileIO | None = None
         self._bytes: np.ndarray[Any, np.dtype[np.uint8]] | None = None
 
     def array(self, name: str, start: int = 0, count: int | None = None) -> np.ndarray[Any, Any]:
-        """Elements [start, start + count) of a tensor as a flat view; the whole tensor has its shape.
+        """Elements [start, start + count) of a tensor as a flat view of the mapped file; the whole one has its shape.
 
         bfloat16, which numpy does not know, comes as its 16-bit patterns.
         """
-        entry = self.entries[name]
-        width = DTYPE_BYTES[entry.dtype]
+        begin, end = self._place(name, start, count)
         if self._bytes is None:
             with self.path.open("rb") as stream:
-                self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-            self._bytes = np.frombuffer(self._map, dtype=np.uint8)
+                mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+            self._bytes = np.frombuffer(mapped, dtype=np.uint8)
+        entry = self.entries[name]
+        flat: np.ndarray[Any, Any] = self._bytes[begin:end].view(_in_memory(entry.dtype))
+        return flat if (start, count) != (0, None) else flat.reshape(entry.shape)
+
+    def read(self, name: str, start: int, count: int, into: np.ndarray[Any, Any] | None = None) -> np.ndarray[Any, Any]:
+        """The same elements, flat, copied to `into` (contiguous, of their dtype) or to newly allocated memory.
+
+        For whoever needs each once: the disk gets one request for all of them where a map asks page by page, and
+        nothing of the file counts as memory of the process. Raises DataError when it cannot be read, or has become
+        shorter.
+        """
+        place, _ = self._place(name, start, count)
+        found = np.empty(count, _in_memory(self.entries[name].dtype)) if into is None else into
+        left = found.view(np.uint8).data
+        try:
+            if self._stream is None:
+                self._stream = self.path.open("rb", buffering=0)
+            file = self._stream.fileno()
+            while left.nbytes:
+                os.posix_fadvise(file, place, min(left.nbytes, READ_AHEAD_BYTES), os.POSIX_FADV_WILLNEED)
+                if not (done := os.preadv(file, [left[:READ_AHEAD_BYTES]], place)):
+                    raise DataError(f"{self.path} has become shorter since it was opened", "restore it from its source")
+                place, left = place + done, left[done:]
+        except OSError as error:
+            raise DataError(f"{self.path} cannot be read: {error.strerror}", "restore it from its source") from error
+        return found
+
+    def _place(self, name: str, start: int, count: int | None) -> tuple[int, int]:
+        """First byte of an element in the file, and the one after the last."""
+        entry = self.entries[name]
+        width = DTYPE_BYTES[entry.dtype]
         total = (entry.end - entry.begin) // width
         stop = total if count is None else start + count
         if not 0 <= start <= stop <= total:
             raise IndexError(f"{self.path}: {name} has {total} elements, asked for [{start}, {stop})")
-        flat: np.ndarray[Any, Any] = self._bytes[entry.begin + start * width : entry.begin + stop * width].view(
-            np.uint16 if entry.dtype == "BF16" else NUMPY_DTYPES[entry.dtype]
-        )
-        return flat if (start, count) != (0, None) else flat.reshape(entry.shape)
+        return entry.begin + start * width, entry.begin + stop * width
 
-    def forget(self) -> None:
-        """Give back the memory of what was read; views stay valid and read it again.
 
-        Pages of a mapped file count as memory of the process: whoever copies out of a file larger than memory wants
-        them back.
-        """
-        if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED)
+def _in_memory(dtype: str) -> Any:
+    return np.uint16 if dtype == "BF16" else NUMPY_DTYPES[dtype]
 
 
 def _read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:

@@ -1,5 +1,7 @@
 """Hand-written safetensors files are the library's, and damage in them is found."""
 
+import errno
+import os
 from contextlib import suppress
 
 import numpy as np
@@ -8,7 +10,9 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.errors import DataError
+from trainer import tensor_file
+from trainer.durable import sha256_of_file, xxh3_of_file
+from trainer.errors import CannotWriteError, DataError
 from trainer.tensor_file import DTYPE_NAMES, TensorFile, TensorFileWriter
 
 TENSORS = {
@@ -44,6 +48,48 @@ def test_we_read_what_the_library_writes(tmp_path):
     assert file.array("weight", 5, 3).tolist() == [5, 6, 7]
     with pytest.raises(IndexError):
         file.array("weight", 10, 3)
+
+
+def test_what_is_read_is_what_is_mapped(tmp_path, monkeypatch):
+    monkeypatch.setattr(tensor_file, "READ_AHEAD_BYTES", 16)
+    write(tmp_path / "a.safetensors")
+    file = TensorFile(tmp_path / "a.safetensors")
+    for name, array in TENSORS.items():
+        read = file.read(name, 0, array.size)
+        assert (read.dtype, read.tolist()) == (array.dtype, array.reshape(-1).tolist())
+    into = np.zeros(9, np.float32)
+    file.read("weight", 4, 7, into=into[1:8])
+    assert into.tolist() == [0, 4, 5, 6, 7, 8, 9, 10, 0]
+    with pytest.raises(IndexError):
+        file.read("weight", 10, 3)
+    os.truncate(file.path, file.entries["weight"].begin + 20)
+    assert file.read("weight", 0, 5).tolist() == [0, 1, 2, 3, 4]
+    with pytest.raises(DataError, match="has become shorter since it was opened"):
+        file.read("weight", 0, 6)
+
+
+@pytest.mark.parametrize("with_sha256", [False, True])
+def test_pieces_of_any_size_are_written_and_hashed_in_order(tmp_path, monkeypatch, with_sha256):
+    """Some fit into what may wait, some fill it, one alone is larger."""
+    monkeypatch.setattr(tensor_file, "QUEUED_BYTES", 1000)
+    monkeypatch.setattr(tensor_file, "WRITE_BACK_BYTES", 3000)
+    sizes = [1, 7, 100, 250, 3, 0, 249, 2000, 1, 1, 250, 500, 17]
+    whole = np.random.default_rng(0).random(sum(sizes), dtype=np.float32)
+    path, shape = tmp_path / "a.safetensors", {"a": ("F32", whole.shape)}
+    with TensorFileWriter(path, shape, with_sha256=with_sha256) as file:
+        file.write_pieces("a", np.split(whole, np.cumsum(sizes)[:-1]))
+    assert np.array_equal(safetensors.numpy.load_file(path)["a"], whole)
+    assert file.finished.xxh3_128 == xxh3_of_file(path)
+    assert file.finished.sha256 == (sha256_of_file(path) if with_sha256 else None)
+
+
+def test_a_write_that_fails_behind_the_caller_is_an_error(tmp_path, monkeypatch):
+    def fails(self, data):
+        raise OSError(errno.ENOSPC, "no room")
+
+    monkeypatch.setattr(TensorFileWriter, "_write", fails)
+    with pytest.raises(CannotWriteError, match="no space left"):
+        write(tmp_path / "a", with_sha256=True)
 
 
 def test_only_what_was_announced_can_be_written(tmp_path):

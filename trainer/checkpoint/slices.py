@@ -52,7 +52,7 @@ class _Slice:
 class SliceReader:
     """Read ranges of parameters from a checkpoint directory that was verified before.
 
-    `parameters` maps each name to its shape in model order. Opening reads headers only; `read` maps the bytes it needs.
+    `parameters` maps each name to its shape in model order. Opening reads headers only.
     """
 
     def __init__(self, path: Path) -> None:
@@ -91,8 +91,7 @@ class SliceReader:
         for piece in self._slices[kind, parameter]:
             begin, end = max(start, piece.start), min(stop, piece.start + piece.count)
             if begin < end:
-                result[begin - start : end - start] = _as_fp32(piece, begin - piece.start, end - begin)
-                piece.file.forget()
+                _read_fp32(piece, begin - piece.start, result[begin - start : end - start])
         return result
 
     def buffer(self, name: str) -> np.ndarray[Any, Any]:
@@ -118,13 +117,18 @@ class SliceReader:
             raise damaged(self.path, f"the {kind} slices of {parameter} end at {position}")
 
 
-def _as_fp32(piece: _Slice, start: int, count: int) -> Floats:
-    found = piece.file.array(piece.key, start, count)
-    if piece.file.entries[piece.key].dtype != "BF16":
-        return found.astype(np.float32, copy=False)
-    # bfloat16 is the upper half of fp32.
-    widened: Floats = (found.astype(np.uint32) << 16).view(np.float32)
-    return widened
+def _read_fp32(piece: _Slice, start: int, target: Floats) -> None:
+    """Fill `target` with the elements of a slice from `start` on."""
+    dtype = piece.file.entries[piece.key].dtype
+    if dtype == "F32":
+        piece.file.read(piece.key, start, target.size, into=target)
+        return
+    found = piece.file.read(piece.key, start, target.size)
+    if dtype == "BF16":
+        # bfloat16 is the upper half of fp32.
+        np.left_shift(found, 16, out=target.view(np.uint32), dtype=np.uint32)
+    else:
+        target[:] = found
 
 
 def files_to_hash(manifest_files: dict[str, Any], rank: int, world_size: int) -> Iterator[str]:
