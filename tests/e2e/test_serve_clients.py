@@ -66,6 +66,17 @@ def test_langchain(server: Server, expected: str) -> None:
     assert "".join(chunk.content for chunk in chat.stream("Hi")) == expected
 
 
+def test_litellm(server: Server, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else its import asks the network for prices
+    litellm = pytest.importorskip("litellm", reason="litellm is not installed")
+    ask: dict[str, Any] = {"model": "openai/tiny", "api_base": server.url, "api_key": KEY, "max_tokens": COUNT}
+    ask["messages"] = [{"role": "user", "content": "Hi"}]
+    answer = litellm.completion(**ask)
+    assert (answer.choices[0].message.content, answer.usage.completion_tokens) == (expected, COUNT)
+    stream = litellm.completion(**ask, stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == expected
+
+
 def test_curl(server: Server, expected: str) -> None:
     curl = shutil.which("curl")
     if curl is None:
