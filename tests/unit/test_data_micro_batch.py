@@ -49,8 +49,10 @@ def test_it_is_what_a_simple_assembly_gives(store: TokenStore, spec: dict[str, i
     plan = store.plan(store.plan_spec(**spec))  # type: ignore[arg-type]
     assert bool(plan.head.any()) == ("pin_prefix" in spec)
     rows = np.random.default_rng(0).permutation(plan.n_rows).tolist()
-    for begin in range(0, len(rows), 5):
-        some = [*rows[begin : begin + 5], EMPTY_ROW]
+    for some in [
+        *([*rows[begin : begin + 5], EMPTY_ROW] for begin in range(0, len(rows), 5)),
+        *([row] for row in rows),
+    ]:
         batch = make_micro_batch(store, plan, some)
         expected = assembled(store, plan, some, batch.input_ids.shape[1])
         for got, right in zip((batch.input_ids, batch.targets, batch.position_ids), expected, strict=True):
@@ -58,6 +60,17 @@ def test_it_is_what_a_simple_assembly_gives(store: TokenStore, spec: dict[str, i
             assert np.array_equal(got, right)
     nothing = make_micro_batch(store, plan, [EMPTY_ROW])
     assert (nothing.targets == IGNORED).all()
+
+
+def test_rows_of_one_whole_sample_share_their_position_ids(store: TokenStore) -> None:
+    plan = store.plan(store.plan_spec(sequence_length=32, overlap=4))
+    assembler = Assembler(store, plan)
+    layouts = look_up(store, plan, np.arange(plan.n_rows)[:, None])
+    held = [assembler.assemble(layout) for layout in layouts]
+    shared = [batch for batch in held if batch.position_ids[0].tolist() == [*range(32)]]
+    assert 1 < len(shared) < len(held)
+    assert len({batch.position_ids.ctypes.data for batch in shared}) == 1
+    assert len({batch.position_ids.ctypes.data for batch in held}) == len(held) - len(shared) + 1
 
 
 def test_memory_is_used_again_only_when_nobody_holds_it(store: TokenStore) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
@@ -155,7 +155,7 @@ class Feed:
 
     def _assemble(self, assembler: Assembler, layout: BatchLayout) -> MicroBatch:
         batch = assembler.assemble(layout)
-        return batch if self._teacher is None else replace(batch, teacher=self._teacher.taught(batch, layout))
+        return batch if self._teacher is None else batch._replace(teacher=self._teacher.taught(batch, layout))
 
     def _step(self, position: int, rows: NDArray[np.int64], micro_batches: Sequence[MicroBatch]) -> StepBatch:
         return StepBatch(

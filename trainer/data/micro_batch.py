@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise, repeat
 from typing import NamedTuple
 
@@ -38,13 +37,12 @@ class TeacherTargets(NamedTuple):
     log_probabilities: NDArray[np.float32]
 
 
-@dataclass(frozen=True)
-class MicroBatch:
+class MicroBatch(NamedTuple):
     """One rank's rows of one micro-batch; three int64 arrays [micro_batch, length].
 
     `targets[i, t]` is the id that position t must predict (already shifted), or IGNORED. A target never crosses the
     border of a sample. `position_ids` restart at 0 with every sample, and in the padded tail, which is a segment of its
-    own.
+    own; micro-batches whose rows are one whole sample each share them, so they are to be read only.
     """
 
     input_ids: NDArray[np.int64]
@@ -186,12 +184,15 @@ def _stable_order(numbers: NDArray[np.int64], count: int) -> NDArray[np.int64]:
 class Assembler:
     """Copies rows of a plan into micro-batches.
 
-    A micro-batch's arrays are its own as long as anybody holds one of them, or a view or a tensor over one.
+    A micro-batch's ids and targets are its own as long as anybody holds one of its arrays, or a view or a tensor over
+    one.
     """
 
     def __init__(self, store: TokenStore, plan: RowPlan) -> None:
         self._padding_id = store.padding_id
         self._count_up = np.arange(plan.sequence_length).data
+        # Position ids of rows that are one whole sample each.
+        self._undivided = np.empty((0, 0), dtype=np.int64)
         self._memory = _Memory()
         # Ids as narrow as the store keeps them, overwritten by every micro-batch.
         self._narrow = np.empty(0, dtype=id_dtype(store.vocabulary_size))
@@ -204,11 +205,13 @@ class Assembler:
         if len(self._narrow) < total:
             self._narrow = np.empty(total, dtype=self._narrow.dtype)
         narrow, count_up, shards = self._narrow[:total], self._count_up, layout.ids
+        undivided = layout.pieces.shape[1] == layout.rows and not layout.tails.size
         # A slice of a memory view is copied in half the time that a slice of an array takes.
         ids, positions = narrow.data, position_ids.data
         for shard, source, source_end, begin, end, first, last in zip(*layout.pieces.tolist(), strict=True):
             ids[begin:end] = shards[shard][source:source_end]
-            positions[begin:end] = count_up[first:last]
+            if not undivided:
+                positions[begin:end] = count_up[first:last]
         for begin, end in zip(*layout.tails.tolist(), strict=True):
             narrow[begin:end] = self._padding_id
             positions[begin:end] = count_up[: end - begin]
@@ -217,7 +220,16 @@ class Assembler:
         predicted, following = targets.data, input_ids.data[1:]
         for place in map(slice, *layout.predicting.tolist()):
             predicted[place] = following[place]
-        return MicroBatch(*block.reshape(3, layout.rows, layout.row_length))
+        input_ids, targets, position_ids = block.reshape(3, layout.rows, layout.row_length)
+        return MicroBatch(
+            input_ids, targets, self._counted(layout.rows, layout.row_length) if undivided else position_ids
+        )
+
+    def _counted(self, rows: int, row_length: int) -> NDArray[np.int64]:
+        """Position ids that count up in every row; the same array each time."""
+        if self._undivided.shape != (rows, row_length):
+            self._undivided = np.tile(np.arange(row_length), (rows, 1))
+        return self._undivided
 
 
 def make_micro_batch(store: TokenStore, plan: RowPlan, rows: Sequence[int] | NDArray[np.int64]) -> MicroBatch:
@@ -235,9 +247,11 @@ class _Memory:
 
     def take(self, size: int) -> NDArray[np.int64]:
         """An array [3, size] of any content."""
-        free, *references = map(sys.getrefcount, self._blocks)
-        for count, block in zip(references, self._blocks[1:], strict=True):
-            if count == free and len(block) >= 3 * size:
-                return block[: 3 * size].reshape(3, size)
-        self._blocks.append(np.empty(3 * size, dtype=np.int64))
-        return self._blocks[-1].reshape(3, size)
+        references = [*map(sys.getrefcount, self._blocks)]
+        if references.count(references[0]) == 1:
+            self._blocks.append(np.empty(0, dtype=np.int64))
+            references.append(references[0])
+        free = references.index(references[0], 1)
+        if len(self._blocks[free]) < 3 * size:
+            self._blocks[free] = np.empty(3 * size, dtype=np.int64)
+        return self._blocks[free][: 3 * size].reshape(3, size)
