@@ -38,13 +38,13 @@ from trainer.tensor_file import TensorFile
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def counts(ci: int = 10_000, soak: int = 1_000_000) -> pytest.MarkDecorator:
-    """Inputs here and in `make soak`."""
-    marks = [pytest.mark.soak, pytest.mark.timeout(0)]
-    return pytest.mark.parametrize("count", [ci, pytest.param(soak, marks=marks)])
+# Inputs of each parser, here and in `make soak`.
+counts = pytest.mark.parametrize(
+    "count", [10_000, pytest.param(1_000_000, marks=[pytest.mark.soak, pytest.mark.timeout(0)])]
+)
 
 
-@counts()
+@counts
 def test_configuration(count, seed):
     seeds = [file.read_bytes() for file in sorted((ROOT / "configs").glob("*.yaml"))]
     outcomes = survives(
@@ -57,7 +57,7 @@ def test_configuration(count, seed):
     assert outcomes["exit 2"] > count / 5
 
 
-@counts()
+@counts
 def test_overrides_and_names_of_keys(count, seed):
     text = (ROOT / "configs/tiny.yaml").read_text()
     seeds = [f"{key}={value}".encode() for key in keys(Config) for value in ("1", "[1, 2]", "{a: 1}", "null", "x")]
@@ -86,7 +86,7 @@ def modules() -> dict[str, Any]:
     return found
 
 
-@counts()
+@counts
 def test_words_of_the_command_line(count, seed, modules):
     """Every command's parser; `config` really runs."""
     known = [
@@ -132,7 +132,7 @@ def copied(checkpoint: Path, place: Path) -> Path:
     return copy
 
 
-@counts()
+@counts
 def test_manifest_of_a_checkpoint(count, seed, checkpoint, tmp_path):
     """Bytes as they come, and other values under a hash that fits: whoever made the checkpoint made the hash too."""
     copy = copied(checkpoint, tmp_path)
@@ -165,7 +165,7 @@ def test_manifest_of_a_checkpoint(count, seed, checkpoint, tmp_path):
     assert outcomes["exit 74"] > count / 2
 
 
-@counts()
+@counts
 def test_header_of_a_tensor_file(count, seed, checkpoint, tmp_path):
     original = next(checkpoint.glob("rank-*")).read_bytes()
     length = int.from_bytes(original[:8], "little")
@@ -188,7 +188,7 @@ def test_header_of_a_tensor_file(count, seed, checkpoint, tmp_path):
     assert outcomes["exit 65"] > count / 2
 
 
-@counts()
+@counts
 def test_index_of_weights(count, seed, checkpoint, tmp_path):
     names = ["model.safetensors", "other.safetensors"]
     for name in names:
@@ -208,7 +208,7 @@ def test_index_of_weights(count, seed, checkpoint, tmp_path):
     assert outcomes["exit 65"] > count / 5
 
 
-@counts()
+@counts
 def test_deepspeed_configuration(count, seed, tmp_path):
     seeds = [file.read_bytes() for file in sorted((ROOT / "configs/ds").glob("*.json"))]
     file = tmp_path / "ds.json"
@@ -226,7 +226,7 @@ def test_deepspeed_configuration(count, seed, tmp_path):
     survives(count, seed, make, check)
 
 
-@counts(2_000, 200_000)
+@counts
 def test_manifest_of_a_store(count, seed, store, tmp_path):
     place = tmp_path / "store"
     place.symlink_to(store.path)
@@ -255,7 +255,7 @@ def test_manifest_of_a_store(count, seed, store, tmp_path):
     survives(count, seed, make, read)
 
 
-@counts(2_000, 200_000)
+@counts
 def test_chat_template(count, seed):
     """Compiled and rendered in the sandbox, within its limits; two seconds of its own are allowed before ours."""
     seeds = [DEFAULT_CHAT_TEMPLATE.encode(), b"{% for m in messages %}{{ m.role ~ ': ' ~ m.content * 3 }}{% endfor %}"]
