@@ -92,7 +92,18 @@ class Runs:
         assert (event["event"], event["step"], event["world_size"]) == ("resume", SAVED, size)
         return run
 
-    def _train(self, run: Path, setup: str, size: int, stage: int) -> None:
+    def walked(self, setup: str, places: list[tuple[int, int]]) -> Path:
+        """A run of which every step is made by others: stopped after one step, and continued at the next place."""
+        run = self._directory / f"walk-{next(self._numbers)}"
+        for place in places[:-1]:
+            self._train(run, setup, *place, stop_after=1)
+        self._train(run, setup, *places[-1])
+        events = map(json.loads, (run / "events.jsonl").read_text().splitlines())
+        resumes = [(event["step"], event["world_size"]) for event in events if event["event"] == "resume"]
+        assert resumes == [(step, size) for step, (size, _) in enumerate(places[1:], start=1)]
+        return run
+
+    def _train(self, run: Path, setup: str, size: int, stage: int, stop_after: int = 0) -> None:
         chosen = SETUPS[setup]
         settings_file = self._directory / f"{setup}-{stage}.json"
         zero = {"stage": stage, "reduce_bucket_size": 50000, **chosen.get("zero", {}).get(stage, {})}
@@ -106,7 +117,8 @@ class Runs:
         values["model"]["lora"] = chosen.get("lora")
         values["model"]["config"]["tie_word_embeddings"] = chosen.get("tie_word_embeddings", True)
         meeting_point = str(self._directory / f"meeting-{next(self._numbers)}")
-        assert self._pool.run(AMONG, size=size, meeting_point=meeting_point, values=values) == [None] * 4
+        arguments = {"size": size, "meeting_point": meeting_point, "values": values, "stop_after": stop_after}
+        assert self._pool.run(AMONG, **arguments) == [None] * 4
 
 
 @pytest.fixture(scope="module")
@@ -158,3 +170,14 @@ def test_the_whole_matrix(runs, saved, seed):
         else:
             check_equal_to_rounding(found, runs.straight(setup, *saved))
         shutil.rmtree(found)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("walk", range(24))
+def test_random_walks(runs, walk, seed):
+    """Each step by other ranks at another stage than the one before: what is rounded does not add up."""
+    dice = random.Random(f"{seed} walk {walk}")
+    setup = dice.choice([name for name in SETUPS if "bf16" not in name])
+    places = [(dice.choice(SIZES), dice.choice(STAGES)) for _ in range(STEPS)]
+    check_equal_to_rounding(runs.walked(setup, places), runs.straight(setup, *places[0]))

@@ -243,7 +243,9 @@ def largest_difference(left: Path, right: Path, kind: str = "master") -> float:
     return max(float(np.abs(first[name] - second[name]).max()) for name in first if name.startswith(kind))
 
 
-def train_among(world: Any, kind: str, size: int, meeting_point: str, values: dict[str, Any]) -> str | None:
+def train_among(
+    world: Any, kind: str, size: int, meeting_point: str, values: dict[str, Any], stop_after: int = 0
+) -> str | None:
     """Case: as `train`, but among the first `size` ranks of the pool only, in a process group of their own.
 
     Starting torch and DeepSpeed costs seconds a process; joining another group costs hundredths of one. They meet at
@@ -277,7 +279,7 @@ def train_among(world: Any, kind: str, size: int, meeting_point: str, values: di
         world_size=size,
         timeout=timedelta(seconds=120),
     )
-    return train(replace(world, world_size=size, local_world_size=size), kind, values)
+    return train(replace(world, world_size=size, local_world_size=size), kind, values, stop_after)
 
 
 class DiskFills:
