@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from socket import gethostname, socket
@@ -51,7 +51,7 @@ from trainer.weight_files import weights_fingerprint
 from trainer.world import World
 
 if TYPE_CHECKING:
-    from trainer.checkpoint.capture import Capture
+    from trainer.checkpoint.capture import Capture, RunSaver
     from trainer.open_data import OpenData
 
 MOST_REWINDS = 3
@@ -119,140 +119,173 @@ def train_joined(
     heartbeat = Heartbeat(post, config.engine.hang_seconds, config.engine.timeout_seconds)
     with closing(heartbeat):
         for rewinds_left in reversed(range(MOST_REWINDS + 1)):
-            skipped: list[dict[str, Any]] = []
             times = TimeLedger(run, world.world_size, collectives.blocked_seconds) if world.is_first else None
             # Faults come after those who write: what they strike down in a phase has begun it.
             writers: list[OnPhase] = [heartbeat] if times is None else [heartbeat, times]
-            on_phase = Phases([*writers, faults])
+            attempt = _Attempt(config, world, run, kind, stop, allowed, lock, Phases([*writers, faults]), faults, times)
             try:
-                watch = _Watch(on_phase, faults, times, skipped)
-                _train_watched(config, world, stop, run, kind, watch, allowed, lock)
+                _train_once(attempt)
                 return
             except DivergedError as error:
-                if config.train.on_divergence != "rewind" or not rewinds_left or not skipped:
+                if config.train.on_divergence != "rewind" or not rewinds_left or not attempt.skipped:
                     raise
                 if world.is_first:
-                    put_into_quarantine(run.path, skipped)
-                    print(f"rewinding: {error.fact}; the rows of {len(skipped)} steps are left out", flush=True)
+                    put_into_quarantine(run.path, attempt.skipped)
+                    print(f"rewinding: {error.fact}; the rows of {len(attempt.skipped)} steps are left out", flush=True)
             gc.collect()
 
 
 @dataclass(frozen=True)
-class _Watch:
-    """Who follows this rank through its phases."""
+class _Attempt:
+    """One way of this rank from data to the last step: what it was given, and who follows it through its phases."""
 
+    config: Config
+    world: World
+    run: RunDirectory
+    kind: devices.DeviceType
+    stop: StopFlag
+    allowed: Allowed
+    lock: RunLock | None
     on_phase: Phases
     faults: Faults
     times: TimeLedger | None
     """Rank 0's."""
-    skipped: list[dict[str, Any]]
+    skipped: list[dict[str, Any]] = field(default_factory=list)
     """Filled with the steps that were not applied."""
 
 
-def _train_watched(
-    config: Config,
-    world: World,
-    stop: StopFlag,
-    run: RunDirectory,
-    kind: devices.DeviceType,
-    watch: _Watch,
-    allowed: Allowed,
-    lock: RunLock | None,
-) -> None:
+def _train_once(attempt: _Attempt) -> None:
     from trainer import collectives
     from trainer.build_engine import build_engine, refuse_shared_devices
-    from trainer.checkpoint.capture import Capture, RunSaver
-    from trainer.checkpoint.resume import Restorer
-    from trainer.checkpoint.saving import Saves
     from trainer.model.remote_code import trust_remote_code
     from trainer.model.self_check import check_model
     from trainer.open_data import open_data, quarantined
 
-    on_phase, times = watch.on_phase, watch.times
+    config, world, run, on_phase = attempt.config, attempt.world, attempt.run, attempt.on_phase
     on_phase("start", 0)
-    device = devices.torch_device(kind, world.local_rank)
+    device = devices.torch_device(attempt.kind, world.local_rank)
     places = collectives.exchange({"host": gethostname(), "device": devices.device_name(device)})
     refuse_shared_devices(places)
     if world.is_first:
         # Under the lock: before it these may be those of a run that is just ending.
         run.stopped.unlink(missing_ok=True)
-    code = trust_remote_code(Path(config.model.path) if config.model.path else None, allowed.code)
+    code = trust_remote_code(Path(config.model.path) if config.model.path else None, attempt.allowed.code)
     cache = open_cache(config, world)
     data = open_data(config, world, run, cache)
-    store, rows = data.store, data.rows
 
     on_phase("load", 0)
-    engine: Any = build_engine(config, world, run, device, kind, data.teacher)
-    if watch.faults.poisons:
-        engine = PoisonedEngine(engine, watch.faults.take_poison)
+    engine: Any = build_engine(config, world, run, device, attempt.kind, data.teacher)
+    if attempt.faults.poisons:
+        engine = PoisonedEngine(engine, attempt.faults.take_poison)
     feed = _feed(config, world, data, quarantined(run, world))
     check_model(
         engine,
-        store.vocabulary_size,
+        data.store.vocabulary_size,
         micro_batch_size=config.train.micro_batch_size,
         packing=config.data.packing,
         dtype=config.model.dtype,
     )
-    capture = Capture(
-        engine=engine,
-        feed=feed,
-        world=world,
-        identity=run_identity(config, store, rows, run, code) | _base_identity(config, world, run),
-        model_files=run.model_files,
-        probe=probe_prompts(store, rows.sequence_length),
-    )
+    capture = _capture(attempt, data, engine, feed, code)
+
     on_phase("restore", 0)
-    restored = Restorer(
-        run.checkpoints,
-        capture,
-        collectives.exchange,
-        seed=config.run.seed,
-        strict=config.checkpoint.strict,
-        allow_changes=allowed.changes,
-    ).restore()
-    state = restored or TrainState()
-    record: AbstractContextManager[Record] = nullcontext(Record([], lambda final, stopped, reason: None))
-    if times is not None:
-        # Only now: a start that was refused leaves the record of the run as it was.
-        changes = [*_allowed(run, capture, restored), *changed_settings(config, run)] if restored else []
-        _write_down(config, run, data, lock, code, [*engine.saved_parameters()])
-        memory, generators = devices.memory_probe(kind), partial(devices.generator_states, kind)
-        hosts = [place["host"] for place in places]
-        record = recorded(config, run, data.plan, feed, restored, changes, memory, hosts, generators, times)
-    saves = Saves(
-        run.checkpoints,
-        rank=world.rank,
-        exchange=collectives.exchange,
-        keep=config.checkpoint.keep,
-        newest=restored.step if restored else None,
-        mirror=_uploads(config, run, restored) if world.is_first else None,
-        on_phase=on_phase.of_save,
-        lock=lock,
-    )
-    saver = RunSaver(capture, saves)
-    with closing(engine), record as observed, closing(feed), closing(saves):
+    restored = _restore(attempt, capture)
+    record = _record(attempt, data, capture, restored, code, [place["host"] for place in places])
+    saver = _saver(attempt, capture, restored)
+    with closing(engine), record as observed, closing(feed), closing(saver.saves):
         if config.checkpoint.asynchronous:
             saver.write_in_background()
+        state = restored or TrainState()
         loop = Loop(
             engine=engine,
             feed=feed,
             max_steps=config.train.max_steps,
             max_skipped_steps=config.train.max_skipped_steps,
             evaluate_every=config.evaluate.every_steps,
-            save_due=save_schedule(config.checkpoint, state.step, collectives.add_up, times),
-            evaluate=_evaluation(config, engine, data.held_out, rows, world, on_phase),
+            save_due=save_schedule(config.checkpoint, state.step, collectives.add_up, attempt.times),
+            evaluate=_evaluation(config, engine, data.held_out, data.rows, world, on_phase),
             saver=saver,
             observers=observed.observers,
-            stop=stop,
+            stop=attempt.stop,
             on_phase=on_phase,
             rank=world.rank,
             world_size=world.world_size,
-            on_skip=Forensics(run.path, engine, store, rows, world, watch.skipped).on_skip,
+            on_skip=Forensics(run.path, engine, data.store, data.rows, world, attempt.skipped).on_skip,
         )
         final, stopped = fit(loop, state)
-        observed.finish(final, stopped, stop.requested)
+        observed.finish(final, stopped, attempt.stop.requested)
     if cache is not None:
         cache.close()
+
+
+def _capture(attempt: _Attempt, data: OpenData, engine: Any, feed: Feed, code: str | None) -> Capture:
+    """What a checkpoint holds, and whose it is. Collective."""
+    from trainer.checkpoint.capture import Capture
+
+    config, world, run = attempt.config, attempt.world, attempt.run
+    return Capture(
+        engine=engine,
+        feed=feed,
+        world=world,
+        identity=run_identity(config, data.store, data.rows, run, code) | _base_identity(config, world, run),
+        model_files=run.model_files,
+        probe=probe_prompts(data.store, data.rows.sequence_length),
+    )
+
+
+def _restore(attempt: _Attempt, capture: Capture) -> TrainState | None:
+    """The newest valid checkpoint, put into engine and feed; None where a run begins. Collective."""
+    from trainer import collectives
+    from trainer.checkpoint.resume import Restorer
+
+    return Restorer(
+        attempt.run.checkpoints,
+        capture,
+        collectives.exchange,
+        seed=attempt.config.run.seed,
+        strict=attempt.config.checkpoint.strict,
+        allow_changes=attempt.allowed.changes,
+    ).restore()
+
+
+def _record(
+    attempt: _Attempt,
+    data: OpenData,
+    capture: Capture,
+    restored: TrainState | None,
+    code: str | None,
+    hosts: Sequence[str],
+) -> AbstractContextManager[Record]:
+    """Rank 0 writes down what this start is, and what will happen; the others nothing.
+
+    Only after the restore: a start that was refused leaves the record of the run as it was.
+    """
+    config, run = attempt.config, attempt.run
+    if attempt.times is None:
+        return nullcontext(Record([], lambda final, stopped, reason: None))
+    changes = [*_allowed(run, capture, restored), *changed_settings(config, run)] if restored else []
+    _write_down(config, run, data, attempt.lock, code, [*capture.engine.saved_parameters()])
+    memory, generators = devices.memory_probe(attempt.kind), partial(devices.generator_states, attempt.kind)
+    return recorded(config, run, data.plan, capture.feed, restored, changes, memory, hosts, generators, attempt.times)
+
+
+def _saver(attempt: _Attempt, capture: Capture, restored: TrainState | None) -> RunSaver:
+    """Who saves this run."""
+    from trainer import collectives
+    from trainer.checkpoint.capture import RunSaver
+    from trainer.checkpoint.saving import Saves
+
+    config, run = attempt.config, attempt.run
+    saves = Saves(
+        run.checkpoints,
+        rank=attempt.world.rank,
+        exchange=collectives.exchange,
+        keep=config.checkpoint.keep,
+        newest=restored.step if restored else None,
+        mirror=_uploads(config, run, restored) if attempt.world.is_first else None,
+        on_phase=attempt.on_phase.of_save,
+        lock=attempt.lock,
+    )
+    return RunSaver(capture, saves)
 
 
 def _feed(config: Config, world: World, data: OpenData, quarantined: Sequence[int]) -> Feed:
