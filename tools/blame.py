@@ -59,6 +59,8 @@ class Blame:
     """Over all replayed samples."""
     layers: dict[str, float]
     """Gradient norm of each layer, over all replayed samples together."""
+    teacher_share: float
+    """Share of the run's loss that a teacher has: all losses here are the cross entropy with the data alone."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -91,6 +93,8 @@ def run(arguments: argparse.Namespace) -> int:
         f"step {blame.step}: {len(blame.samples)} samples, loss {blame.loss:.4f}; weights of {blame.weights}, "
         f"{how_near}"
     )
+    if blame.teacher_share:
+        print(f"losses are the cross entropy alone: {blame.teacher_share:.0%} of the run's own is its teacher's")
     if blame.left_out:
         print(f"{blame.left_out} more samples were not replayed (--documents)")
     print(f"{'loss':>9} {'gradient':>9} {'tokens':>7}  place")
@@ -136,7 +140,8 @@ def blame_step(run_dir: Path, step: int, most: int = MOST_DOCUMENTS, trusted_cod
     model, weights, weights_step = _weights_before(config, run, step)
     samples, loss, layers = _replay(model, found[:most])
     samples.sort(key=lambda sample: (math.isfinite(sample.loss), -sample.loss))
-    return Blame(step, weights, weights_step, samples, len(found) - len(samples), loss, layers)
+    taught = config.train.teacher_share if config.data.teacher is not None else 0.0
+    return Blame(step, weights, weights_step, samples, len(found) - len(samples), loss, layers, taught)
 
 
 def _rows_of(run: RunDirectory, step: int) -> list[int]:

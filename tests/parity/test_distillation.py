@@ -14,6 +14,7 @@ import torch
 
 from tests.support.corpora import alpaca_rows, message_rows, tiny_store
 from tests.support.training import losses, settings
+from tools.blame import blame_step
 from tools.export import export_checkpoint
 from tools.models import load_model
 from tools.teach import teach
@@ -122,6 +123,10 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn_and_others_learn_on_
     without = settings(tmp_path / "without", short.path, train__max_steps=4)
     assert two_ranks.run(TRAIN, values=without) == [None, None]
     assert not np.allclose(apart, losses(tmp_path / "without"), rtol=1e-2)
+    # Both begin with the same weights: what is blamed for a step is the cross entropy, and it says so.
+    blame = blame_step(tmp_path / "one", 1)
+    assert blame.teacher_share == 0.5
+    assert np.isclose(blame.loss, losses(tmp_path / "without")[0], rtol=1e-5)
     # The share is tunable; whether there is a teacher, and which, is not.
     without = settings(tmp_path / "one", short.path, train__max_steps=6)
     (refused,) = one_rank.run(TRAIN, values=without)
