@@ -52,8 +52,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     ray = commands.add_parser("ray", help="one host process a node in a Ray cluster, which starts that node's ranks")
     for place in (local, slurm, ray):
         add_config_arguments(place)
-        place.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes to run on (default 1)")
-        place.add_argument("--gpus-per-node", type=int, default=0, metavar="G", help="GPUs of a node (default 0: CPU)")
+        place.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes to run on")
+        place.add_argument("--gpus-per-node", type=int, default=0, metavar="G", help="GPUs of a node; 0: CPU")
         place.add_argument("--ranks-per-node", type=int, metavar="K", help="ranks on a node (default: one a GPU, or 1)")
         place.add_argument("--dry-run", action="store_true", help="print the plan and start nothing")
         place.add_argument("--json", action="store_true", help="with --dry-run: print the plan as JSON")

@@ -68,7 +68,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", type=Path, metavar="RUN", help="run directory")
     parser.add_argument("--step", type=int, required=True, metavar="N", help="step to replay")
     parser.add_argument(
-        "--documents", type=int, default=MOST_DOCUMENTS, metavar="N", help=f"most to replay (default {MOST_DOCUMENTS})"
+        "--documents", type=int, default=MOST_DOCUMENTS, metavar="N", help="most to replay"
     )
     add_trust_argument(parser)
     parser.add_argument("--json", action="store_true", help="print everything as JSON, whole texts included")

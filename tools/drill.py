@@ -40,9 +40,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Declare `drill CONFIG [section.key=value ...] --faults KINDS --count N --seed S`."""
     add_config_arguments(parser)
     parser.add_argument("--faults", default="kill,term,stop,enospc,nan,flip", metavar="KINDS", help="comma-separated")
-    parser.add_argument("--count", type=int, default=6, metavar="N", help="faults in all (default 6)")
-    parser.add_argument("--seed", type=int, default=7, metavar="S", help="what chance begins with (default 7)")
-    parser.add_argument("--nproc", type=int, default=2, metavar="N", help="ranks (default 2)")
+    parser.add_argument("--count", type=int, default=6, metavar="N", help="faults in all")
+    parser.add_argument("--seed", type=int, default=7, metavar="S", help="what chance begins with")
+    parser.add_argument("--nproc", type=int, default=2, metavar="N", help="ranks")
     parser.add_argument("--out", type=Path, metavar="DIR", help="keep all runs and their output here (a new directory)")
     parser.add_argument("--json", action="store_true", help="print what a program can read")
 

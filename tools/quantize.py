@@ -68,7 +68,6 @@ class _Maker:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the command line of `steadfast quantize`."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     width = max(map(len, SCHEMES))
     parser.epilog = "schemes:\n" + "\n".join(f"  {name:<{width}}  {each.meaning}" for name, each in SCHEMES.items())
     parser.add_argument("model", type=Path, metavar="MODEL", help="model directory with safetensors weights")
@@ -83,7 +82,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-kl", type=float, metavar="NATS", help="mean KL divergence that is still accepted")
     parser.add_argument("--calibrate", type=Path, metavar="PATH", help="rows to calibrate on, as --data")
     parser.add_argument(
-        "--calibration-rows", type=int, default=CALIBRATION_ROWS, metavar="N", help=f"(default {CALIBRATION_ROWS})"
+        "--calibration-rows", type=int, default=CALIBRATION_ROWS, metavar="N", help="most of them"
     )
     parser.add_argument("--environment", type=Path, metavar="DIR", help="environment that has llm-compressor")
     parser.add_argument("--llama-cpp", type=Path, metavar="DIR", help="checkout of llama.cpp, for GGUF")

@@ -63,9 +63,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, metavar="MODEL", help="the teacher: a model directory, e.g. an export")
     parser.add_argument("store", type=Path, metavar="STORE", help="token store that the student will train on")
     parser.add_argument("out", type=Path, metavar="OUT", help="directory to make; must not exist")
-    parser.add_argument("--top-k", type=int, default=32, metavar="K", help="tokens kept a target (default 32)")
+    parser.add_argument("--top-k", type=int, default=32, metavar="K", help="tokens kept a target")
     parser.add_argument(
-        "--temperature", type=float, default=1.0, metavar="T", help="what logits are divided by (default 1)"
+        "--temperature", type=float, default=1.0, metavar="T", help="what logits are divided by"
     )
     add_trust_argument(parser)
     parser.add_argument("--json", action="store_true", help="print the report as JSON")

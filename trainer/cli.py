@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from types import ModuleType
+from typing import Any
 
 from trainer.errors import SteadfastError
 from trainer.redact import RedactedStream
@@ -48,9 +49,7 @@ def _run_command(
         return 2
     module_name, summary = commands[name]
     module = load(module_name)
-    parser = argparse.ArgumentParser(
-        prog=f"steadfast {name}", description=module.__doc__ or summary, formatter_class=_HelpFormatter
-    )
+    parser = _Parser(prog=f"steadfast {name}", description=module.__doc__ or summary)
     module.configure(parser)
     parser.epilog = parser.epilog or "--traceback shows the full Python traceback of an error."
     try:
@@ -114,4 +113,12 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
     """Module docstrings are the descriptions (kept as written); defaults that say something are shown."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
+        told = action.default in (None, False, []) or "(default" in (action.help or "")
+        return action.help if told else super()._get_help_string(action)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Formats its help as above, and so do the parsers of its actions."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{"formatter_class": _HelpFormatter, **settings})

@@ -28,7 +28,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
 
     build = commands.add_parser("build", help="build a token store", description=_BUILD)
-    build.formatter_class = argparse.RawDescriptionHelpFormatter
     build.add_argument(
         "overrides", nargs="*", metavar="RECIPE.yaml | section.key=value", help="recipe file, then changes to it"
     )
