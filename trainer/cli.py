@@ -113,8 +113,8 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
     """Module docstrings are the descriptions (kept as written); defaults that say something are shown."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        told = action.default in (None, False, []) or "(default" in (action.help or "")
-        return action.help if told else super()._get_help_string(action)
+        silent = action.default is None or isinstance(action.default, bool | list)
+        return action.help if silent or "(default" in (action.help or "") else super()._get_help_string(action)
 
 
 class _Parser(argparse.ArgumentParser):
