@@ -303,3 +303,19 @@ def test_manifest_numbers_are_checked_by_verify(tmp_path: Path) -> None:
     (store.path / MANIFEST).write_text(reader.manifest_text(manifest))
     with pytest.raises(DataError, match="schema 99"):
         open_store(store.path)
+
+
+def test_a_manifest_that_lost_shards_is_refused(tmp_path: Path) -> None:
+    store = tiny_store(tmp_path, shard_tokens=300)
+    assert store.n_shards > 2
+    manifest = json.loads((store.path / MANIFEST).read_text())
+    shards = [file for file in manifest["files"] if file["name"].startswith("tokens/")]
+    for lost, sentence in ((shards[-1:], "is a plan of"), (shards, "has no documents")):
+        changed = manifest | {
+            "files": [file for file in manifest["files"] if file not in lost],
+            "documents": manifest["documents"] - sum(file["documents"] for file in lost),
+        }
+        changed["body_sha256"] = reader.body_hash(changed)
+        (store.path / MANIFEST).write_text(reader.manifest_text(changed))
+        with pytest.raises(DataError, match=sentence):
+            open_store(store.path, verify=False).plan()

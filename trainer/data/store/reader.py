@@ -74,6 +74,8 @@ class TokenStore:
         self._first_document = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         if (found := int(self._first_document[-1])) != manifest["documents"]:
             raise DataError(f"the shards of {location} have {found} documents, not {manifest['documents']}", REBUILD)
+        if found == 0:
+            raise DataError(f"{location} has no documents", REBUILD)
         self._shards: Shards
         if cache is not None and self.is_remote:
             self._remote = {file.key: file for file in _remote_files(location, path, manifest)}
@@ -212,16 +214,26 @@ class TokenStore:
 
         Raises:
             UsageError: the spec cannot be used.
-            DataError: no row has a target, or a document is too long and the spec calls that an error.
+            DataError: no row has a target, a document is too long and the spec calls that an error, or the stored plan
+                is one of other documents.
         """
         spec = (spec or self.spec).check()
         if self.has_plan(spec):
-            return _read_plan(self.file(f"plans/{spec.name}.safetensors"), spec)
+            return self._stored_plan(spec)
         plan = self.compute_plan(spec) if self._cache is None else self._shared_plan(spec, self._cache)
         if plan.n_rows == 0:
             raise DataError(
                 f"{self.location} has no supervised token at sequence length {spec.sequence_length}",
                 "see steadfast data inspect",
+            )
+        return plan
+
+    def _stored_plan(self, spec: PlanSpec) -> RowPlan:
+        file = self.file(f"plans/{spec.name}.safetensors")
+        plan = _read_plan(file, spec)
+        if len(plan.dropped) != self.n_documents:
+            raise DataError(
+                f"{file} is a plan of {len(plan.dropped)} documents, {self.location} has {self.n_documents}", REBUILD
             )
         return plan
 
