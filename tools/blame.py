@@ -67,16 +67,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the command line of `steadfast blame`."""
     parser.add_argument("run_dir", type=Path, metavar="RUN", help="run directory")
     parser.add_argument("--step", type=int, required=True, metavar="N", help="step to replay")
-    parser.add_argument(
-        "--documents", type=int, default=MOST_DOCUMENTS, metavar="N", help="most to replay"
-    )
+    parser.add_argument("--documents", type=int, default=MOST_DOCUMENTS, metavar="N", help="most to replay")
     add_trust_argument(parser)
     parser.add_argument("--json", action="store_true", help="print everything as JSON, whole texts included")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Replay and print."""
-    from tools.models import quiet_transformers
+    from tools.model_directory.loading import quiet_transformers
     from trainer.data.store.inspect import visible
     from trainer.state import finite
 

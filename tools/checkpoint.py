@@ -87,7 +87,7 @@ def _list(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps([asdict(entry) for entry in entries]))
         return 0
-    from tools.artefact import readable_bytes
+    from tools.model_directory.writing import readable_bytes
 
     for entry in entries:
         marks = [mark for mark, there in (("best", entry.best), ("pinned", entry.pinned)) if there]

@@ -209,7 +209,7 @@ class _Expected:
 
 
 def _expected(model: Path) -> _Expected:
-    from tools.models import load_config, model_on_meta
+    from tools.model_directory.loading import load_config, model_on_meta
     from trainer.model.load import tied_names
 
     network = model_on_meta(load_config(model))

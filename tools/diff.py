@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from trainer.errors import DataError, UsageError
 
 if TYPE_CHECKING:
-    from tools.model_tensors import ModelTensors
+    from tools.model_directory.tensors import ModelTensors
 
 SHOWN = 20
 CONFIG_FILES = ("config.json", "generation_config.json")
@@ -94,8 +94,8 @@ def difference(a: Path, b: Path) -> Difference:
 
     Raises MissingInputError when one is none, UsageError when one is quantized, DataError when one cannot be read.
     """
-    from tools.model_tensors import ModelTensors
-    from tools.models import check_model_directory, is_quantized
+    from tools.model_directory.loading import check_model_directory, is_quantized
+    from tools.model_directory.tensors import ModelTensors
 
     for path in (a, b):
         check_model_directory(path)

@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     from tools.chat import read_rows
     from tools.evaluation import harness
     from tools.evaluation.report import Task, evaluate
-    from tools.models import quiet_transformers
+    from tools.model_directory.loading import quiet_transformers
     from trainer.data.store import open_store
 
     quiet_transformers()
@@ -124,7 +124,7 @@ def _trust(models: Sequence[tuple[str, Path]], pinned: str | None) -> None:
 
 def _run_tasks(path: Path, arguments: argparse.Namespace) -> list[TaskScore]:
     from tools.evaluation.harness import run_tasks
-    from tools.models import load_model
+    from tools.model_directory.loading import load_model
 
     model, tokenizer = load_model(path)
     return run_tasks(model, tokenizer, arguments.lm_eval, batch_size=arguments.batch_size, limit=arguments.max_rows)

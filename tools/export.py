@@ -29,9 +29,9 @@ from trainer.config.arguments import add_trust_argument
 from trainer.errors import MissingInputError
 
 if TYPE_CHECKING:
-    from tools.artefact import Entry
-    from tools.checkpoint_tensors import CheckpointTensors
-    from tools.export_proof import Claim, Proof
+    from tools.exporting.checkpoint_tensors import CheckpointTensors
+    from tools.exporting.proof import Claim, Proof
+    from tools.model_directory.writing import Entry
     from trainer.adapter_file import AdapterConfig
 
 MODEL_STEM = "model"
@@ -89,7 +89,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Export and print what came of it."""
-    from tools.artefact import parse_size, readable_bytes
+    from tools.model_directory.writing import parse_size, readable_bytes
     from tools.push import push
     from trainer.remote import open_destination
 
@@ -157,9 +157,9 @@ def export_checkpoint(
     base is not there, CannotWriteError when `out` exists or its disk is too small, RunLockedError when another process
     writes it. After an error `out` does not exist.
     """
-    from tools.artefact import new_directory, refuse_existing, tensor_bytes, write_manifest
-    from tools.models import quiet_transformers
-    from tools.signing import require_key, require_signing, sign
+    from tools.model_directory.loading import quiet_transformers
+    from tools.model_directory.signing import require_key, require_signing, sign
+    from tools.model_directory.writing import new_directory, refuse_existing, tensor_bytes, write_manifest
 
     started = time.monotonic()
     refuse_existing(out)
@@ -228,8 +228,8 @@ class _Opened:
 def _open(
     source: Path, dtype: str | None, *, verify: bool, trusted_code: str | None, apart: bool, base: Path | None
 ) -> _Opened:
-    from tools.adapter import find_base
-    from tools.checkpoint_tensors import open_adapter, open_checkpoint
+    from tools.exporting.adapter import find_base
+    from tools.exporting.checkpoint_tensors import open_adapter, open_checkpoint
     from trainer.adapter_file import read_adapter_config
     from trainer.checkpoint.verify import MANIFEST_NAME, find_checkpoint, inspect_checkpoint, verify_checkpoint
     from trainer.model.remote_code import trust_remote_code
@@ -249,7 +249,7 @@ def _open(
 
 def _write_model(building: Path, opened: _Opened, max_shard_bytes: int) -> dict[str, Entry]:
     """Everything that loads and explains the model; name to size and hash of each file."""
-    from tools.artefact import copy_files, tensor_bytes, write_shards
+    from tools.model_directory.writing import copy_files, tensor_bytes, write_shards
     from trainer.adapter_file import CONFIG_NAME, STEM
 
     checkpoint, tensors = opened.checkpoint, opened.tensors
@@ -272,7 +272,7 @@ def _write_model(building: Path, opened: _Opened, max_shard_bytes: int) -> dict[
 
 
 def _add(building: Path, entries: dict[str, Entry], name: str, content: str | bytes) -> None:
-    from tools.artefact import describe
+    from tools.model_directory.writing import describe
     from trainer.durable import write_file
 
     write_file(building / name, content)
@@ -286,9 +286,9 @@ def _prove(
     trusted_code: str | None,
     prove: Callable[[Claim], Proof] | None,
 ) -> Proof:
-    from tools import export_proof
+    from tools.exporting import proof
 
-    claim = export_proof.Claim(
+    claim = proof.Claim(
         str(building),
         str(opened.checkpoint.absolute()),
         opened.tensors.dtype,
@@ -297,7 +297,7 @@ def _prove(
         base=None if opened.base is None else str(opened.base.absolute()),
         apart=opened.apart,
     )
-    return (prove or export_proof.prove)(claim)
+    return (prove or proof.prove)(claim)
 
 
 def _model_config(checkpoint: Path, tensors: CheckpointTensors) -> str:
@@ -308,7 +308,7 @@ def _model_config(checkpoint: Path, tensors: CheckpointTensors) -> str:
 
 
 def _card(name: str, opened: _Opened, proof: Proof | None) -> str:
-    from tools.model_card import adapter_card, model_card
+    from tools.model_directory.card import adapter_card, model_card
 
     tensors, adapter, manifest = opened.tensors, opened.adapter, opened.tensors.reader.manifest
     facts: dict[str, Any] = {

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from tools.model_tensors import ModelTensors
+    from tools.model_directory.tensors import ModelTensors
 
 METHODS = ("lora", "linear", "slerp", "ties")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -86,7 +86,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Merge and say what was written."""
-    from tools.artefact import readable_bytes
+    from tools.model_directory.writing import readable_bytes
 
     recipe = recipe_of(
         arguments.method, len(arguments.models), arguments.weights, arguments.t, arguments.density, arguments.base
@@ -155,9 +155,9 @@ def merge_models(
     Raises UsageError when mergekit is not installed, DataError when the models do not fit together or a value is not
     finite, CannotWriteError when `out` exists or its disk is too small. After an error `out` does not exist.
     """
-    from tools.artefact import refuse_existing
-    from tools.model_tensors import ModelTensors, architecture_shapes, check_inventory
-    from tools.models import check_model_directory, is_quantized, load_config, quiet_transformers
+    from tools.model_directory.loading import check_model_directory, is_quantized, load_config, quiet_transformers
+    from tools.model_directory.tensors import ModelTensors, architecture_shapes, check_inventory
+    from tools.model_directory.writing import refuse_existing
     from trainer.durable import sha256_of_file
 
     started = time.monotonic()
@@ -190,11 +190,11 @@ def merge_adapter(adapter: Path, out: Path, base: Path | None = None, dtype: str
     `base` defaults to the one that the adapter names, `dtype` to the base's. Raises MissingInputError when one of them
     is not there, DataError for an adapter that is not plain LoRA or does not fit the base; as `merge_models` otherwise.
     """
-    from tools.adapter import AdapterFile
-    from tools.artefact import refuse_existing
     from tools.diff import TOKENIZER_FILES
-    from tools.model_tensors import ModelTensors, architecture_shapes, check_inventory
-    from tools.models import check_model_directory, load_config, quiet_transformers
+    from tools.exporting.adapter import AdapterFile
+    from tools.model_directory.loading import check_model_directory, load_config, quiet_transformers
+    from tools.model_directory.tensors import ModelTensors, architecture_shapes, check_inventory
+    from tools.model_directory.writing import refuse_existing
     from trainer.durable import sha256_of_file
 
     started = time.monotonic()
@@ -223,7 +223,7 @@ def merge_adapter(adapter: Path, out: Path, base: Path | None = None, dtype: str
 
 def _plan(tensors: ModelTensors, dtype: str | None) -> dict[str, tuple[str, tuple[int, ...]]]:
     """What is written: names, dtypes and shapes of `tensors`, floating-point ones in `dtype` if it is given."""
-    from tools.checkpoint_tensors import FILE_DTYPES
+    from tools.exporting.checkpoint_tensors import FILE_DTYPES
 
     changed = dict.fromkeys(FILE_DTYPES.values(), FILE_DTYPES[dtype]) if dtype else {}
     return {
@@ -242,10 +242,17 @@ def _write(
     sentence: str,
     expected: dict[str, tuple[int, ...]],
 ) -> None:
-    from tools.artefact import copy_files, describe, new_directory, tensor_bytes, write_manifest, write_shards
     from tools.diff import TOKENIZER_FILES
-    from tools.model_card import model_card
-    from tools.model_tensors import ModelTensors, check_inventory
+    from tools.model_directory.card import model_card
+    from tools.model_directory.tensors import ModelTensors, check_inventory
+    from tools.model_directory.writing import (
+        copy_files,
+        describe,
+        new_directory,
+        tensor_bytes,
+        write_manifest,
+        write_shards,
+    )
     from trainer.durable import write_file
 
     with new_directory(out, tensor_bytes(plan), about) as building:
@@ -269,7 +276,7 @@ def _write(
 
 
 def _report(out: Path, method: str, models: Sequence[Path], plan: dict[str, Any], started: float) -> MergeReport:
-    from tools.artefact import read_manifest
+    from tools.model_directory.writing import read_manifest
 
     return MergeReport(
         out=str(out),
@@ -283,7 +290,7 @@ def _report(out: Path, method: str, models: Sequence[Path], plan: dict[str, Any]
 
 def _in_dtype(name: str, values: torch.Tensor, file_dtype: str) -> np.ndarray[Any, Any]:
     """Values as they are written; DataError when they are not finite. Whole numbers stay what they are."""
-    from tools.checkpoint_tensors import FILE_DTYPES, in_file_dtype, is_finite
+    from tools.exporting.checkpoint_tensors import FILE_DTYPES, in_file_dtype, is_finite
 
     dtype = next((key for key, value in FILE_DTYPES.items() if value == file_dtype), None)
     if dtype is None:
@@ -317,7 +324,7 @@ class _Merger:
             self._parameters["density"] = recipe.density
 
     def __call__(self, name: str) -> Iterator[np.ndarray[Any, Any]]:
-        from tools.checkpoint_tensors import FILE_DTYPES
+        from tools.exporting.checkpoint_tensors import FILE_DTYPES
 
         if self._file_dtypes[name] not in FILE_DTYPES.values():
             yield self._common(name)
@@ -367,8 +374,8 @@ def _same_tokenizers(sources: Sequence[Path]) -> None:
 
 def _identity(path: Path, digest: Callable[[Path], str]) -> dict[str, Any]:
     """What tells later exactly which model it was."""
-    from tools.artefact import MANIFEST_NAME
-    from tools.models import weight_files
+    from tools.model_directory.loading import weight_files
+    from tools.model_directory.writing import MANIFEST_NAME
 
     if (manifest := path / MANIFEST_NAME).is_file():
         return {"manifest_sha256": digest(manifest)}

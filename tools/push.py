@@ -30,7 +30,7 @@ def push(model: Path, url: str) -> None:
     Until its `manifest.json` is there, nobody takes the copy for a model: an older one is removed first. Raises
     UsageError when fsspec knows no such file system, CannotWriteError when the storage keeps failing.
     """
-    from tools.artefact import MANIFEST_NAME, SIGNATURE_NAME, check_sizes, read_manifest
+    from tools.model_directory.writing import MANIFEST_NAME, SIGNATURE_NAME, check_sizes, read_manifest
     from trainer.remote import Destination, open_destination
 
     filesystem, root = open_destination(url, "--push")

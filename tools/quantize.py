@@ -4,7 +4,7 @@
     steadfast quantize out/model out/w4 --scheme w4a16-gptq --calibrate out/store --data heldout.jsonl --max-kl 0.1
     steadfast quantize out/model out/gguf --scheme gguf-q8_0 --llama-cpp ~/llama.cpp
 
-int8 needs nothing else: `steadfast serve`, `steadfast eval` and tools.models.load_model read it. The others of
+int8 needs nothing else: `steadfast serve`, `steadfast eval` and `tools.model_directory` read it. The others of
 compressed-tensors (for vLLM, SGLang and transformers with that package) are made by llm-compressor, in an environment
 of its own that is made at the first use; pruned models are plain ones with zeros. The result is loaded again from disk,
 answers, and is compared with the original on --data before it gets its name: perplexity of both, KL
@@ -81,9 +81,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-kl", type=float, metavar="NATS", help="mean KL divergence that is still accepted")
     parser.add_argument("--calibrate", type=Path, metavar="PATH", help="rows to calibrate on, as --data")
-    parser.add_argument(
-        "--calibration-rows", type=int, default=CALIBRATION_ROWS, metavar="N", help="most of them"
-    )
+    parser.add_argument("--calibration-rows", type=int, default=CALIBRATION_ROWS, metavar="N", help="most of them")
     parser.add_argument("--environment", type=Path, metavar="DIR", help="environment that has llm-compressor")
     parser.add_argument("--llama-cpp", type=Path, metavar="DIR", help="checkout of llama.cpp, for GGUF")
     parser.add_argument("--gguf-pre", metavar="NAME", help="tokenizer of llama.cpp that cuts words as the model's does")
@@ -93,7 +91,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Quantize and print what was lost."""
-    from tools.models import check_model_directory, load_tokenizer, quiet_transformers
+    from tools.model_directory.loading import check_model_directory, load_tokenizer, quiet_transformers
     from tools.quantizing.texts import ids_of
 
     if arguments.calibration_rows < 1:
@@ -141,8 +139,7 @@ def quantize_model(
     that are not, NotEqualError when it lost more than `max_kl`, CannotWriteError when `out` exists or its disk is too
     small. After an error `out` is not there.
     """
-    from tools.artefact import copy_files, describe, new_directory, refuse_existing, write_manifest
-    from tools.models import (
+    from tools.model_directory.loading import (
         WEIGHT_SUFFIXES,
         check_model_directory,
         is_quantized,
@@ -150,6 +147,7 @@ def quantize_model(
         quiet_transformers,
         weight_files,
     )
+    from tools.model_directory.writing import copy_files, describe, new_directory, refuse_existing, write_manifest
     from trainer.durable import write_file
     from trainer.model.remote_code import own_classes, trust_remote_code
 
@@ -245,8 +243,8 @@ def _maker(
 
 def _refuse_odd_widths(model: Path, scheme: str) -> None:
     """UsageError for a layer whose inputs groups of weights with one scale do not divide."""
-    from tools.int8 import quantized_layers
-    from tools.models import load_config, model_on_meta
+    from tools.model_directory.int8 import quantized_layers
+    from tools.model_directory.loading import load_config, model_on_meta
 
     network = model_on_meta(load_config(model))
     for name in quantized_layers(network):
@@ -258,7 +256,7 @@ def _refuse_odd_widths(model: Path, scheme: str) -> None:
 
 
 def _compare_here(model: Path, changed: Path, prompts: Sequence[Sequence[int]]) -> Quality:
-    from tools.models import load_model
+    from tools.model_directory.loading import load_model
     from tools.quantizing.quality import quality
 
     return quality(load_model(model)[0], load_model(changed)[0], prompts)
@@ -291,8 +289,8 @@ def _origin(model: Path) -> dict[str, Any]:
 
 
 _READERS = {
-    "embedded": "Read it with `steadfast serve`, `steadfast eval` or `tools.models.load_model`; plain transformers "
-    "finds no weights under its own names and says so.",
+    "embedded": "Read it with `steadfast serve`, `steadfast eval` or `tools.model_directory.loading`; plain "
+    "transformers finds no weights under its own names and says so.",
     "llm-compressor": "Read it with vLLM, SGLang, or transformers with compressed-tensors installed.",
     "llama.cpp": "Read it with llama.cpp, or `steadfast serve FILE.gguf`.",
 }
@@ -311,7 +309,7 @@ def _model_card(name: str, model: Path, scheme: str, quality: Quality | None, pr
 
 
 def _show(report: QuantizeReport) -> None:
-    from tools.artefact import readable_bytes
+    from tools.model_directory.writing import readable_bytes
 
     layers = "" if report.layers is None else f"{report.layers} layers, "
     print(

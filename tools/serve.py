@@ -111,7 +111,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check_model(model: Path, trusted_code: str | None) -> None:
-    from tools.models import check_model_directory
+    from tools.model_directory.loading import check_model_directory
     from trainer.model.remote_code import checked_code
 
     if model.suffix == ".gguf":

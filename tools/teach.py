@@ -64,16 +64,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("store", type=Path, metavar="STORE", help="token store that the student will train on")
     parser.add_argument("out", type=Path, metavar="OUT", help="directory to make; must not exist")
     parser.add_argument("--top-k", type=int, default=32, metavar="K", help="tokens kept a target")
-    parser.add_argument(
-        "--temperature", type=float, default=1.0, metavar="T", help="what logits are divided by"
-    )
+    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="what logits are divided by")
     add_trust_argument(parser)
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Teach and say what was written."""
-    from tools.artefact import readable_bytes
+    from tools.model_directory.writing import readable_bytes
     from trainer.model.remote_code import trust_remote_code
 
     trust_remote_code(arguments.model, arguments.trust_remote_code)
@@ -98,9 +96,9 @@ def teach(model: Path, store: Path, out: Path, top_k: int = 32, temperature: flo
     """
     import numpy as np
 
-    from tools.artefact import UNFINISHED_NAME, new_directory, refuse_existing
-    from tools.forward import refuse_other_tokenizer
-    from tools.models import load_model
+    from tools.evaluation.forward import refuse_other_tokenizer
+    from tools.model_directory.loading import load_model
+    from tools.model_directory.writing import UNFINISHED_NAME, new_directory, refuse_existing
     from trainer.data.store import open_store
     from trainer.data.store.shards import read_arrays
     from trainer.data.teacher import finished_shard, write_shard, write_teacher_manifest
@@ -177,7 +175,7 @@ def _predictions(
     import numpy as np
     import torch
 
-    from tools.forward import batches_of_like_length, logits_of
+    from tools.evaluation.forward import batches_of_like_length, logits_of
     from trainer.data.teacher import targets_of_shard
 
     ids, token = arrays["ids"], targets_of_shard(arrays)

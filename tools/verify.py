@@ -43,7 +43,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Verify and say what was checked."""
-    from tools.artefact import readable_bytes
+    from tools.model_directory.writing import readable_bytes
 
     report = verify_model(arguments.model, arguments.key)
     if arguments.json:
@@ -61,10 +61,10 @@ def verify_model(model: Path, public_key: Path | None = None) -> VerifyReport:
     Raises DataError naming the file or tensor that is wrong, MissingInputError when there is no model or no signature,
     NotEqualError when the signature is of another key or of other bytes.
     """
-    from tools.artefact import read_manifest, verify_artefact
-    from tools.model_tensors import ModelTensors, architecture_shapes, check_inventory
-    from tools.models import load_config, quiet_transformers
-    from tools.signing import check_signature
+    from tools.model_directory.loading import load_config, quiet_transformers
+    from tools.model_directory.signing import check_signature
+    from tools.model_directory.tensors import ModelTensors, architecture_shapes, check_inventory
+    from tools.model_directory.writing import read_manifest, verify_artefact
 
     # First, as it knows more: a manifest can be forged together with the files.
     if public_key is not None:

@@ -10,8 +10,8 @@ import pytest
 from tests.support.corpora import tiny_store
 from tests.support.damage import damage
 from tests.support.slice_checkpoints import slice_checkpoint
-from tools.artefact import copy_files, new_directory, verify_artefact, write_manifest, write_weights
 from tools.checkpoint import entries_of, verified
+from tools.model_directory.writing import copy_files, new_directory, verify_artefact, write_manifest, write_weights
 from trainer.checkpoint.verify import find_checkpoint, step_directory, verify_checkpoint
 from trainer.data.store import open_store, verify_store
 from trainer.errors import CheckpointError, DataError, MissingInputError

@@ -12,9 +12,9 @@ import pytest
 from tests.support.exports import flip_a_byte
 from tests.support.models import save_slice_checkpoint, tiny_model, tiny_tokenizer
 from tests.support.small_disk import NoSmallDisk, fill, small_disk
-from tools import artefact
-from tools.checkpoint_tensors import CheckpointTensors
 from tools.export import export_checkpoint
+from tools.exporting.checkpoint_tensors import CheckpointTensors
+from tools.model_directory import writing
 from trainer.errors import CannotWriteError, DataError, RunLockedError
 from trainer.tensor_file import TensorFileWriter
 
@@ -77,11 +77,11 @@ def at_call(owner: object, name: str, number: int, after: bool) -> Callable[[pyt
 PHASES = {
     "before the first shard": (at_call(TensorFileWriter, "write_pieces", 1, after=False), 0),
     "in the middle of a shard": (at_call(TensorFileWriter, "write_pieces", 12, after=True), 2),
-    "a shard written, not noted": (at_call(artefact, "_note_finished", 2, after=False), 1),
-    "two shards noted": (at_call(artefact, "_note_finished", 2, after=True), 2),
-    "all shards written": (at_call(artefact, "copy_files", 1, after=False), None),
-    "before the manifest": (at_call(artefact, "write_manifest", 1, after=False), None),
-    "before it gets its name": (at_call(artefact, "write_manifest", 1, after=True), 0),
+    "a shard written, not noted": (at_call(writing, "_note_finished", 2, after=False), 1),
+    "two shards noted": (at_call(writing, "_note_finished", 2, after=True), 2),
+    "all shards written": (at_call(writing, "copy_files", 1, after=False), None),
+    "before the manifest": (at_call(writing, "write_manifest", 1, after=False), None),
+    "before it gets its name": (at_call(writing, "write_manifest", 1, after=True), 0),
 }
 
 

@@ -10,8 +10,8 @@ import torch
 
 from tests.support.exports import WEIGHTS, flip_a_byte, rewrite, set_config, swap
 from tests.support.models import save_slice_checkpoint, tiny_model, tiny_tokenizer
-from tools import export_proof
 from tools.export import export_checkpoint
+from tools.exporting import proof as export_proof
 from trainer.cli import run_command
 from trainer.errors import NotEqualError
 
@@ -119,7 +119,7 @@ def test_the_logits_alone_find_what_the_weights_would(
 ) -> None:
     """The comparison of the weights reads the checkpoint as the exporter did; the logits came another way."""
     monkeypatch.setattr(export_proof, "_check_weights", lambda tensors, source: None)
-    monkeypatch.setattr("tools.model_tensors.check_inventory", lambda tensors, expected: None)
+    monkeypatch.setattr("tools.model_directory.tensors.check_inventory", lambda tensors, expected: None)
     with pytest.raises(NotEqualError, match="is not the live one: logits differ by up to"):
         export_checkpoint(
             checkpoint, tmp_path / "model", prove=lambda claim: export_proof.examine(ATTACKS[change][0](claim))

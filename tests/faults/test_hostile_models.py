@@ -47,14 +47,14 @@ def remote_code(directory: Path, marker: Path) -> Path:
 
 
 def test_code_of_a_model_never_runs_nor_is_anybody_asked(tmp_path, marker, monkeypatch):
-    from tools import models
+    from tools.model_directory import loading
 
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     path = remote_code(tmp_path / "m", marker)
-    for load in (load_tokenizer, check_inventory, models.load_tokenizer, models.load_config):
+    for load in (load_tokenizer, check_inventory, loading.load_tokenizer, loading.load_config):
         with pytest.raises(SteadfastError):
             load(path)
-    for load in (models._load_plain, lambda path, _: load_language_model(
+    for load in (loading._load_plain, lambda path, _: load_language_model(
         path, dtype="float32", attention="sdpa", gradient_checkpointing=False
     )):  # fmt: skip
         with pytest.raises((SteadfastError, ValueError)):
@@ -62,7 +62,7 @@ def test_code_of_a_model_never_runs_nor_is_anybody_asked(tmp_path, marker, monke
 
 
 def test_weights_that_are_pickles_are_not_opened(tmp_path, marker):
-    from tools import models
+    from tools.model_directory import loading
 
     path = tmp_path / "m"
     path.mkdir()
@@ -72,17 +72,17 @@ def test_weights_that_are_pickles_are_not_opened(tmp_path, marker):
     for name in ("pytorch_model.bin", "model.safetensors", "adapter_model.bin", "tokenizer.pkl", "training_args.bin"):
         with zipfile.ZipFile(path / name, "w") as archive:
             archive.writestr("archive/data.pkl", pickle.dumps(Bomb(marker)))
-    for load in (check_inventory, models.load_model):
+    for load in (check_inventory, loading.load_model):
         with pytest.raises(SteadfastError):
             load(path)
     (path / "model.safetensors").unlink()
-    for load in (check_inventory, models.load_model):
+    for load in (check_inventory, loading.load_model):
         with pytest.raises(SteadfastError):
             load(path)
     for name in ("model.safetensors", "pytorch_model.bin"):
         (path / name).write_bytes(pickle.dumps(Bomb(marker)))
         with pytest.raises(SteadfastError):
-            models.load_model(path)
+            loading.load_model(path)
 
 
 def hostile_names(count: int, seed: int) -> list[str]:

@@ -16,7 +16,7 @@ from tests.support.corpora import alpaca_rows, message_rows, tiny_store
 from tests.support.training import losses, settings
 from tools.blame import blame_step
 from tools.export import export_checkpoint
-from tools.models import load_model
+from tools.model_directory.loading import load_model
 from tools.teach import teach
 from trainer.data.feed import Feed
 from trainer.data.micro_batch import IGNORED

@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file
 
 from tests.support.training import settings
-from tools.adapter import loaded_with
-from tools.artefact import verify_artefact
 from tools.export import export_checkpoint
-from tools.export_proof import examine
+from tools.exporting.adapter import loaded_with
+from tools.exporting.proof import examine
 from tools.merge import merge_adapter
-from tools.models import check_model_directory
+from tools.model_directory.loading import check_model_directory
+from tools.model_directory.writing import verify_artefact
 from tools.verify import verify_model
 from trainer.checkpoint.slices import SliceReader
 from trainer.checkpoint.verify import find_checkpoint

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from tests.support.models import save_slice_checkpoint, tiny_model, tiny_tokenizer
-from tools import export_proof
 from tools.export import ExportReport
 from tools.export import export_checkpoint as export_with_fresh_process
+from tools.exporting import proof as export_proof
 from trainer.checkpoint.verify import MANIFEST_NAME, manifest_text, read_manifest
 from trainer.durable import sha256_of_file, xxh3_of_file
 from trainer.errors import (
@@ -157,8 +157,8 @@ def test_a_tensor_larger_than_a_piece_comes_in_pieces(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     export_checkpoint(run, tmp_path / "whole")
-    monkeypatch.setattr("tools.checkpoint_tensors.PIECE_ELEMENTS", 100)
-    monkeypatch.setattr("tools.model_tensors.PIECE_ELEMENTS", 77)
+    monkeypatch.setattr("tools.exporting.checkpoint_tensors.PIECE_ELEMENTS", 100)
+    monkeypatch.setattr("tools.model_directory.tensors.PIECE_ELEMENTS", 77)
     export_checkpoint(run, tmp_path / "pieces")
     for name in ("model.safetensors", "proof.json"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "pieces" / name).read_bytes()

@@ -10,8 +10,8 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from tools.artefact import describe
-from tools.export_proof import Claim
+from tools.exporting.proof import Claim
+from tools.model_directory.writing import describe
 
 WEIGHTS = "model.safetensors"
 Tensors = dict[str, torch.Tensor]

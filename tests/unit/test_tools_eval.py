@@ -18,7 +18,7 @@ from tools.evaluation.intervals import difference, interval
 from tools.evaluation.metrics import Metric, has_extra, of_answers, of_losses, token_f1
 from tools.evaluation.perturb import PERTURBATIONS, perturbed
 from tools.evaluation.report import ModelReport, Task, evaluate
-from tools.models import load_model
+from tools.model_directory.loading import load_model
 from tools.quantize import quantize_model
 from trainer.cli import run_command
 from trainer.errors import DataError, MissingInputError, UsageError

@@ -71,7 +71,7 @@ def test_verify_passes_what_was_written_and_names_the_file_that_was_not(
 
 
 def test_verify_sees_that_a_manifest_was_made_for_an_incomplete_model(model: Path) -> None:
-    from tools.artefact import MANIFEST_NAME, describe, write_manifest
+    from tools.model_directory.writing import MANIFEST_NAME, describe, write_manifest
 
     config = model / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 3}))
@@ -81,7 +81,7 @@ def test_verify_sees_that_a_manifest_was_made_for_an_incomplete_model(model: Pat
 
 
 def test_a_manifest_that_names_a_file_outside_is_neither_verified_nor_pushed(model: Path, tmp_path: Path) -> None:
-    from tools.artefact import describe, write_manifest
+    from tools.model_directory.writing import describe, write_manifest
 
     (tmp_path / "secret").write_text("secret")
     write_manifest(model, {"../secret": describe(tmp_path / "secret")}, {})
@@ -218,8 +218,8 @@ def key_pair(place: Path, name: str) -> tuple[Path, Path]:
 
 def test_a_signature_names_the_file_that_got_one_byte_more(model: Path, tmp_path: Path) -> None:
     pytest.importorskip("model_signing", reason="the extra 'sign' is not installed")
-    from tools.artefact import MANIFEST_NAME, describe, write_manifest
-    from tools.signing import SIGNATURE_NAME, sign
+    from tools.model_directory.signing import SIGNATURE_NAME, sign
+    from tools.model_directory.writing import MANIFEST_NAME, describe, write_manifest
 
     private, public = key_pair(tmp_path, "ours")
     with pytest.raises(MissingInputError, match=r"has no model\.sig"):
@@ -289,7 +289,7 @@ def test_a_copy_in_object_storage_has_its_manifest_last_or_none(
     assert store.written == [], "a complete equal copy is left alone"
     other = Path(shutil.copytree(exported, tmp_path / "other"))
     text = (other / "manifest.json").read_text()
-    from tools.artefact import SELF_HASH, Entry, write_manifest
+    from tools.model_directory.writing import SELF_HASH, Entry, write_manifest
 
     files = {name: Entry(**entry) for name, entry in json.loads(text)["files"].items()}
     about = {key: value for key, value in json.loads(text).items() if key not in ("files", "format", SELF_HASH)}

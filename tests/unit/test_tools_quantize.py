@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.support.models import save_tiny_model, tiny_model, tiny_tokenizer
-from tools.artefact import parse_size
-from tools.int8 import quantize_rows
-from tools.models import load_model
+from tools.model_directory.int8 import quantize_rows
+from tools.model_directory.loading import load_model
+from tools.model_directory.writing import parse_size
 from tools.quantize import quantize_model
 from tools.quantizing.quality import quality
 from tools.quantizing.schemes import SCHEMES
@@ -355,7 +355,7 @@ def test_what_llm_compressor_makes_is_close_and_loads(
 
 def test_what_others_read_is_verified_too(artefact: Path, tmp_path: Path) -> None:
     """A model whose tensors are not those of its architecture: of compressed-tensors, or none but a GGUF file."""
-    from tools.artefact import describe, new_directory, write_manifest
+    from tools.model_directory.writing import describe, new_directory, write_manifest
 
     with new_directory(tmp_path / "gguf", 0) as building:
         (building / "model.gguf").write_bytes(b"GGUF")

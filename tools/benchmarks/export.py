@@ -177,7 +177,7 @@ def export_ours(checkpoints: str, out: str, load: bool = False) -> Facts:
     import transformers  # noqa: F401 - imports are not what is measured
 
     from tools.export import export_checkpoint
-    from tools.models import load_config, model_on_meta
+    from tools.model_directory.loading import load_config, model_on_meta
 
     del torch
     source = next(Path(checkpoints, "ours").glob("step-*"))
@@ -224,7 +224,7 @@ def export_deepspeed(checkpoints: str, out: str, load: bool = False) -> Facts:
 
 
 def _facts(out: Path, memory: Facts, watch: Any) -> Facts:
-    from tools.model_tensors import ModelTensors
+    from tools.model_directory.tensors import ModelTensors
 
     shapes = ModelTensors(out).shapes
     return {
@@ -296,12 +296,12 @@ def _make(work: Path, name: str, case: Case, seed: int, say: Say) -> Path:
 
 def make_checkpoints(directory: str, case: dict[str, Any], seed: int) -> Facts:
     """Write both checkpoints; called in a process of its own."""
-    from tools.models import model_on_meta
+    from tools.model_directory.loading import model_on_meta
 
     settings = Case(**case)
     (model_files := Path(directory, "model-files")).mkdir(parents=True)
     (model_files / "config.json").write_text(json.dumps(settings.config, indent=1) + "\n")
-    from tools.models import load_config
+    from tools.model_directory.loading import load_config
 
     model = model_on_meta(load_config(model_files))
     shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}

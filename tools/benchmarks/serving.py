@@ -148,7 +148,7 @@ def one_by_one(model: str, prompts: list[str], new_tokens: int) -> Facts:
     import torch
 
     from tools.chat import Prompts, stop_ids
-    from tools.models import load_model
+    from tools.model_directory.loading import load_model
 
     network, tokenizer = load_model(Path(model))
     ids = [Prompts(tokenizer).ids([{"role": "user", "content": text}]) for text in prompts]

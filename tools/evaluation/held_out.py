@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tools.forward import batches_of_like_length, logits_of, refuse_other_tokenizer
+from tools.evaluation.forward import batches_of_like_length, logits_of, refuse_other_tokenizer
 from trainer.errors import DataError
 
 if TYPE_CHECKING:

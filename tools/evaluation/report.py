@@ -100,7 +100,7 @@ def evaluate(models: Sequence[tuple[str, Path]], task: Task, say: Callable[[str]
     Raises DataError naming a row that cannot be asked or a model that does not load.
     """
     from tools.chat import check_chat_template
-    from tools.models import check_model_directory, load_model, load_tokenizer
+    from tools.model_directory.loading import check_model_directory, load_model, load_tokenizer
 
     for _, path in models:
         check_model_directory(path)

@@ -112,7 +112,7 @@ def compare(model: Path, directory: Path, prompts: Sequence[Sequence[int]]) -> Q
     """
     import llama_cpp
 
-    from tools.models import load_model
+    from tools.model_directory.loading import load_model
     from tools.quantizing.quality import MAX_PROMPT_TOKENS, quality
 
     # It keeps the logits of its whole context: no longer than it has to be.

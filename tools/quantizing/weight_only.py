@@ -1,6 +1,6 @@
 """int8 of our own: every weight matrix but the head becomes one byte a weight, with a scale per output channel.
 
-Read by `tools.models.load_model`; plain transformers finds no weights under its own names and says so.
+Read by `tools.model_directory.loading.load_model`; plain transformers finds no weights under its own names and says so.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class WeightOnly:
     """Writes `model` (a directory) as int8. DataError when it has nothing to quantize, or lacks a weight."""
 
     def __init__(self, model: Path) -> None:
-        from tools.artefact import tensor_bytes
-        from tools.int8 import quantized_layers
-        from tools.models import load_config, model_on_meta, weight_files
+        from tools.model_directory.int8 import quantized_layers
+        from tools.model_directory.loading import load_config, model_on_meta, weight_files
+        from tools.model_directory.writing import tensor_bytes
 
         self._files = weight_files(model, "model")
         self._layers = quantized_layers(model_on_meta(load_config(model)))
@@ -40,9 +40,9 @@ class WeightOnly:
 
     def write(self, building: Path) -> int:
         """Weights and what explains them; the number of quantized layers."""
-        from tools.artefact import write_weights
-        from tools.int8 import SCHEME
-        from tools.models import INT8_STEM, QUANTIZATION_NAME
+        from tools.model_directory.int8 import SCHEME
+        from tools.model_directory.loading import INT8_STEM, QUANTIZATION_NAME
+        from tools.model_directory.writing import write_weights
         from trainer.durable import write_file
 
         write_weights(building, INT8_STEM, self._plan, _Reader(self._files, self._plan), SHARD_BYTES)
@@ -83,7 +83,7 @@ class _Reader:
         import torch
         from safetensors import safe_open
 
-        from tools.int8 import quantize_rows
+        from tools.model_directory.int8 import quantize_rows
 
         if name not in self._files and self._scale is not None:
             scale: np.ndarray[Any, Any] = self._scale.numpy()

@@ -89,7 +89,7 @@ async def _serve(arguments: argparse.Namespace) -> None:
 
 def _load(arguments: argparse.Namespace) -> tuple[Service, dict[str, Any]]:
     from tools.chat import stop_ids
-    from tools.models import is_quantized, load_model
+    from tools.model_directory.loading import is_quantized, load_model
     from tools.serving.engine import Engine
     from tools.serving.service import Service
     from trainer.model.remote_code import trust_remote_code

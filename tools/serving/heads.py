@@ -76,7 +76,7 @@ class Batcher:
 
 def make_head_app(path: Path, route: str, max_batch: int, context: int | None) -> web.Application:
     """The routes of a model with a head; `route` is `classify` or `embeddings`."""
-    from tools.models import load_tokenizer
+    from tools.model_directory.loading import load_tokenizer
     from tools.serving.protocol import MAX_BODY_BYTES, models_list
 
     tokenizer = load_tokenizer(path)
@@ -194,7 +194,7 @@ def _embedder(path: Path, tokenizer: Any) -> tuple[Any, Callable[[list[list[int]
 def _load(kind: Any, path: Path) -> Any:
     import torch
 
-    from tools.models import quiet_transformers
+    from tools.model_directory.loading import quiet_transformers
 
     quiet_transformers()
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tools.checkpoint_tensors import PIECE_ELEMENTS, is_finite
+from tools.exporting.checkpoint_tensors import PIECE_ELEMENTS, is_finite
 from trainer.errors import DataError
 from trainer.tensor_file import TensorFile
 
@@ -25,7 +25,7 @@ class ModelTensors:
     """
 
     def __init__(self, path: Path, stem: str = WEIGHTS_STEM) -> None:
-        from tools.models import weight_files
+        from tools.model_directory.loading import weight_files
 
         self.path = path
         listed = weight_files(path, stem)
@@ -68,7 +68,7 @@ class ModelTensors:
 
 def architecture_shapes(config: Any) -> dict[str, tuple[int, ...]]:
     """The tensors that a causal language model of `config` is stored as: a tied one once, buffers if persistent."""
-    from tools.models import model_on_meta
+    from tools.model_directory.loading import model_on_meta
 
     model = model_on_meta(config)
     persistent = set(model.state_dict())

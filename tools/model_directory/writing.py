@@ -262,7 +262,7 @@ def verify_artefact(directory: Path) -> None:
     """Check every byte of an artefact: its manifest, sizes, sha256 of all files, and that nothing else lies there.
 
     Raises DataError naming the file that is wrong, MissingInputError when the directory has no manifest. A signature
-    may lie beside; whether it is good is another question (`tools.signing`).
+    may lie beside; whether it is good is another question (`tools.model_directory.signing`).
     """
     files = read_manifest(directory)["files"]
     check_sizes(directory)

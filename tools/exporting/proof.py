@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tools.artefact import UNFINISHED_NAME, Entry, describe
+from tools.model_directory.writing import UNFINISHED_NAME, Entry, describe
 from trainer.errors import CheckpointError, DataError, NotEqualError, SteadfastError
 from trainer.orphans import die_with_parent
 
@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parents[1]
 _START_COMMAND = (
     sys.executable,
     "-c",
-    f"import sys; sys.path.insert(0, {str(ROOT)!r}); from tools.export_proof import main; main()",
+    f"import sys; sys.path.insert(0, {str(ROOT)!r}); from tools.exporting.proof import main; main()",
 )
 
 
@@ -123,10 +123,10 @@ def examine(claim: Claim) -> Proof:
     """
     import transformers
 
-    from tools.adapter import loaded_with
-    from tools.checkpoint_tensors import open_adapter, open_checkpoint, trained_dtype
-    from tools.model_tensors import WEIGHTS_STEM, ModelTensors, architecture_shapes, check_inventory
-    from tools.models import load_config, quiet_transformers
+    from tools.exporting.adapter import loaded_with
+    from tools.exporting.checkpoint_tensors import open_adapter, open_checkpoint, trained_dtype
+    from tools.model_directory.loading import load_config, quiet_transformers
+    from tools.model_directory.tensors import WEIGHTS_STEM, ModelTensors, architecture_shapes, check_inventory
     from trainer.adapter_file import STEM
     from trainer.model.remote_code import trust_remote_code
 
@@ -198,7 +198,7 @@ def _load(model_path: Path, base: Path | None) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from tools.adapter import load_with_adapter
+    from tools.exporting.adapter import load_with_adapter
 
     try:
         if base is not None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tools.artefact import SIGNATURE_NAME
+from tools.model_directory.writing import SIGNATURE_NAME
 from trainer.errors import DataError, MissingInputError, NotEqualError, UsageError
 
 INSTALL = "pip install -e '.[sign]'"

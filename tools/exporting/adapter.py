@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from tools.models import load_config, model_on_meta, weight_files
+from tools.model_directory.loading import load_config, model_on_meta, weight_files
 from trainer.adapter_file import (
     CONFIG_NAME,
     STEM,

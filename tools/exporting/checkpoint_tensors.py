@@ -129,19 +129,19 @@ def trained_dtype(reader: Weights) -> str:
 def open_checkpoint(checkpoint: Path, dtype: str | None = None, base: Path | None = None) -> CheckpointTensors:
     """The tensors of a checkpoint that was verified before, in `dtype` (default: the one it was trained in).
 
-    Those of a LoRA checkpoint are merged into its `base` (see `tools.adapter.find_base`).
+    Those of a LoRA checkpoint are merged into its `base` (see `tools.exporting.adapter.find_base`).
 
     Compares names and shapes with the architecture. Raises CheckpointError naming the first difference, UsageError for
     a dtype that is not exported.
     """
-    from tools.models import load_config, model_on_meta
+    from tools.model_directory.loading import load_config, model_on_meta
     from trainer.adapter_file import read_adapter_config
     from trainer.checkpoint.slices import SliceReader
 
     reader: Weights = SliceReader(checkpoint)
     adapter = read_adapter_config(checkpoint / "model")
     if adapter is not None:
-        from tools.adapter import MergedWeights
+        from tools.exporting.adapter import MergedWeights
 
         reader = MergedWeights(SliceReader(checkpoint), adapter, base or Path(adapter.base))
     dtype = _file_dtype(reader, dtype)
@@ -172,8 +172,8 @@ def open_checkpoint(checkpoint: Path, dtype: str | None = None, base: Path | Non
 
 def open_adapter(checkpoint: Path, dtype: str | None = None) -> CheckpointTensors:
     """The tensors of a verified LoRA checkpoint as its adapter's file holds them, in `dtype`; UsageError for others."""
-    from tools.adapter import AdapterWeights
-    from tools.models import load_config, model_on_meta
+    from tools.exporting.adapter import AdapterWeights
+    from tools.model_directory.loading import load_config, model_on_meta
     from trainer.adapter_file import read_adapter_config
     from trainer.checkpoint.slices import SliceReader
 

@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tools.artefact import check_sizes
+from tools.model_directory.writing import check_sizes
 from trainer.adapter_file import CONFIG_NAME
 from trainer.errors import DataError, MissingInputError, SteadfastError
 from trainer.names import is_plain_name
@@ -139,7 +139,7 @@ def _load_int8(path: Path, dtype: str | None) -> Any:
     import torch
     from safetensors import safe_open
 
-    from tools.int8 import SCHEME, replace_layers
+    from tools.model_directory.int8 import SCHEME, replace_layers
 
     try:
         about = json.loads((path / QUANTIZATION_NAME).read_bytes())

@@ -1,0 +1,9 @@
+"""Model directories, as `steadfast export` makes them and other tools bring them.
+
+writing   built aside, hashed while written, given their name when complete; the manifest
+loading   configuration, tokenizer and model, plain or int8; hostile files are refused
+tensors   their weights, piece by piece, and whether they are all there
+int8      our own weight-only format
+card      the README.md that says what was shown
+signing   signatures, with a key and offline
+"""
