@@ -51,9 +51,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate and print a table with examples."""
     _check(arguments)
-    from tools.chat import read_rows
     from tools.evaluation import harness
     from tools.evaluation.report import Task, evaluate
+    from tools.model_directory.chat import read_rows
     from tools.model_directory.loading import quiet_transformers
     from trainer.data.store import open_store
 

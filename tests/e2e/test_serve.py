@@ -22,7 +22,7 @@ import torch
 
 from tests.support.models import save_tiny_model
 from tests.support.served import KEY, ROOT, Server, start
-from tools.chat import Prompts, stop_ids
+from tools.model_directory.chat import Prompts, stop_ids
 from tools.model_directory.loading import load_model
 from tools.quantize import quantize_model
 

@@ -134,7 +134,7 @@ def test_ordinary_names_pass():
 
 
 def test_a_template_that_never_ends_is_stopped_where_prompts_are_made(tmp_path, store):
-    from tools.chat import Prompts
+    from tools.model_directory.chat import Prompts
 
     tokenizer = load_tokenizer(store.tokenizer_path)
     for template in (

@@ -11,7 +11,7 @@ import torch
 
 import tools.serving.engine as engine_module
 from tests.support.models import save_tiny_model
-from tools.chat import Prompts, stop_ids
+from tools.model_directory.chat import Prompts, stop_ids
 from tools.model_directory.loading import load_model
 from tools.quantize import quantize_model
 from tools.serving.engine import Engine, EngineError

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from tests.support.models import save_tiny_model
-from tools.chat import Prompts, stop_ids
 from tools.evaluation.intervals import difference, interval
 from tools.evaluation.metrics import Metric, has_extra, of_answers, of_losses, token_f1
 from tools.evaluation.perturb import PERTURBATIONS, perturbed
 from tools.evaluation.report import ModelReport, Task, evaluate
+from tools.model_directory.chat import Prompts, stop_ids
 from tools.model_directory.loading import load_model
 from tools.quantize import quantize_model
 from trainer.cli import run_command

@@ -23,7 +23,7 @@ FORMATS = {
     "trainer.config.arguments",
     "trainer.model.remote_code",  # code of a model runs in one way only
 }
-COMMANDS = ("chat", "export", "quantize", "serve", "verify", "diff", "merge", "push")
+COMMANDS = ("export", "quantize", "serve", "verify", "diff", "merge", "push")
 FILES = [
     *(ROOT / "tools" / f"{name}.py" for name in COMMANDS),
     *(ROOT / "tools/exporting").glob("*.py"),

@@ -147,7 +147,7 @@ def one_by_one(model: str, prompts: list[str], new_tokens: int) -> Facts:
     """Answer the prompts with `generate`, one after another."""
     import torch
 
-    from tools.chat import Prompts, stop_ids
+    from tools.model_directory.chat import Prompts, stop_ids
     from tools.model_directory.loading import load_model
 
     network, tokenizer = load_model(Path(model))

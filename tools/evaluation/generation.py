@@ -26,7 +26,7 @@ def answer(
 
     `max_new_tokens` defaults to the longest reference plus a few tokens: a longer answer cannot match anyway.
     """
-    from tools.chat import context_length, stop_ids
+    from tools.model_directory.chat import context_length, stop_ids
 
     limit = max_new_tokens or max(question.expected_tokens for question in questions) + SPARE_TOKENS
     context = context_length(model)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from trainer.errors import DataError
 
 if TYPE_CHECKING:
-    from tools.chat import Prompts
+    from tools.model_directory.chat import Prompts
 
 GROUPS = ("family", "source", "language")
 """Fields of a row that make slices. Rows without a language are sliced by the script most of their letters are of."""

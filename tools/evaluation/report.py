@@ -99,7 +99,7 @@ def evaluate(models: Sequence[tuple[str, Path]], task: Task, say: Callable[[str]
 
     Raises DataError naming a row that cannot be asked or a model that does not load.
     """
-    from tools.chat import check_chat_template
+    from tools.model_directory.chat import check_chat_template
     from tools.model_directory.loading import check_model_directory, load_model, load_tokenizer
 
     for _, path in models:
@@ -131,7 +131,7 @@ def evaluate(models: Sequence[tuple[str, Path]], task: Task, say: Callable[[str]
 
 def _questions(task: Task, tokenizer: Any) -> dict[str, list[Question]]:
     """The questions as they are, and changed, by the name of the change."""
-    from tools.chat import Prompts
+    from tools.model_directory.chat import Prompts
 
     if task.rows is None:
         return {}

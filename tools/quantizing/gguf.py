@@ -145,7 +145,7 @@ class _Logits:
 
 
 def _same_tokens(tokenizer: Any, loaded: Any, model: Path) -> None:
-    from tools.chat import Prompts
+    from tools.model_directory.chat import Prompts
     from tools.quantizing.texts import BUILT_IN_TEXTS
 
     texts = list(BUILT_IN_TEXTS)

@@ -32,7 +32,7 @@ def ids_of(path: Path, tokenizer: Any, most: int = MAX_PROMPTS) -> list[list[int
 
 def read_texts(path: Path, most: int = MAX_PROMPTS) -> list[Text]:
     """The `messages` or `text` of the rows of a .jsonl file, the paragraphs of any other."""
-    from tools.chat import read_rows
+    from tools.model_directory.chat import read_rows
 
     texts: list[Text] = []
     if path.suffix != ".jsonl":
@@ -57,7 +57,7 @@ def read_texts(path: Path, most: int = MAX_PROMPTS) -> list[Text]:
 
 def encoded(text: Text, tokenizer: Any) -> list[int]:
     """Token ids of a text, or of a conversation in the tokenizer's chat template."""
-    from tools.chat import Prompts
+    from tools.model_directory.chat import Prompts
 
     if isinstance(text, str):
         return [int(token) for token in tokenizer.encode(text)]

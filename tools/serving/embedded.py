@@ -88,7 +88,7 @@ async def _serve(arguments: argparse.Namespace) -> None:
 
 
 def _load(arguments: argparse.Namespace) -> tuple[Service, dict[str, Any]]:
-    from tools.chat import stop_ids
+    from tools.model_directory.chat import stop_ids
     from tools.model_directory.loading import is_quantized, load_model
     from tools.serving.engine import Engine
     from tools.serving.service import Service

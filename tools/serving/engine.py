@@ -19,7 +19,7 @@ from transformers import GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.requests import RequestStatus
 
-from tools.chat import context_length
+from tools.model_directory.chat import context_length
 from tools.serving.protocol import Sampling
 from tools.serving.sampling import sampling_processors
 from trainer.errors import SteadfastError, UsageError

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tools.chat import Prompts
+from tools.model_directory.chat import Prompts
 from tools.serving.protocol import ChatRequest, CompletionRequest, Defaults, GenerationRequest, RequestError
 from tools.serving.text import TextStream
 
