@@ -139,27 +139,13 @@ def quantize_model(
     that are not, NotEqualError when it lost more than `max_kl`, CannotWriteError when `out` exists or its disk is too
     small. After an error `out` is not there.
     """
-    from tools.model_directory.loading import (
-        WEIGHT_SUFFIXES,
-        check_model_directory,
-        is_quantized,
-        load_tokenizer,
-        quiet_transformers,
-        weight_files,
-    )
-    from tools.model_directory.writing import copy_files, describe, new_directory, refuse_existing, write_manifest
+    from tools.model_directory.loading import load_tokenizer, quiet_transformers, weight_files
+    from tools.model_directory.writing import describe, new_directory, write_manifest
     from trainer.durable import write_file
-    from trainer.model.remote_code import own_classes, trust_remote_code
+    from trainer.model.remote_code import trust_remote_code
 
     started = time.monotonic()
-    if scheme not in SCHEMES:
-        raise UsageError(f"there is no scheme '{scheme}'", f"choose {', '.join(SCHEMES)}")
-    refuse_existing(out)
-    check_model_directory(model)
-    if is_quantized(model) or "quantization_config" in json.loads((model / "config.json").read_bytes()):
-        raise UsageError(f"{model} is quantized already", "quantize the export it was made from")
-    if own_classes(model) and SCHEMES[scheme].maker == "llama.cpp":
-        raise UsageError(f"{model} has code of its own, which llama.cpp does not run", "choose int8 or fp8")
+    _refuse(model, out, scheme)
     trust_remote_code(model, trusted_code)
     quiet_transformers()
     before = sum(path.stat().st_size for path in set(weight_files(model, "model").values()))
@@ -171,10 +157,7 @@ def quantize_model(
         )
     with new_directory(out, maker.expected_bytes) as building:
         layers = maker.write(building)
-        skipped = (*WEIGHT_SUFFIXES, "manifest.json", "proof.json", "README.md")
-        made = {path.name for path in building.iterdir()}
-        kept = [path for path in sorted(model.iterdir()) if path.is_file() and not path.name.endswith(skipped)]
-        copy_files([path for path in kept if path.name not in made], building)
+        _copy_the_rest(model, building)
         # Done only when it was loaded from disk and has answered; a broken file fails here and never gets its name.
         quality = maker.compare(building, prompts) if maker.compare is not None else None
         if quality is not None and max_kl is not None and not quality.mean_kl <= max_kl:
@@ -200,6 +183,32 @@ def quantize_model(
         prompts_from=prompts_from,
         seconds=time.monotonic() - started,
     )
+
+
+def _refuse(model: Path, out: Path, scheme: str) -> None:
+    from tools.model_directory.loading import check_model_directory, is_quantized
+    from tools.model_directory.writing import refuse_existing
+    from trainer.model.remote_code import own_classes
+
+    if scheme not in SCHEMES:
+        raise UsageError(f"there is no scheme '{scheme}'", f"choose {', '.join(SCHEMES)}")
+    refuse_existing(out)
+    check_model_directory(model)
+    if is_quantized(model) or "quantization_config" in json.loads((model / "config.json").read_bytes()):
+        raise UsageError(f"{model} is quantized already", "quantize the export it was made from")
+    if own_classes(model) and SCHEMES[scheme].maker == "llama.cpp":
+        raise UsageError(f"{model} has code of its own, which llama.cpp does not run", "choose int8 or fp8")
+
+
+def _copy_the_rest(model: Path, building: Path) -> None:
+    """The model's small files that the maker did not write anew; none that tells of its weights."""
+    from tools.model_directory.loading import WEIGHT_SUFFIXES
+    from tools.model_directory.writing import copy_files
+
+    left_out = (*WEIGHT_SUFFIXES, "manifest.json", "proof.json", "README.md")
+    made = {path.name for path in building.iterdir()}
+    files = [path for path in sorted(model.iterdir()) if path.is_file() and not path.name.endswith(left_out)]
+    copy_files([path for path in files if path.name not in made], building)
 
 
 def _maker(
