@@ -223,7 +223,7 @@ def merge_adapter(adapter: Path, out: Path, base: Path | None = None, dtype: str
 
 def _plan(tensors: ModelTensors, dtype: str | None) -> dict[str, tuple[str, tuple[int, ...]]]:
     """What is written: names, dtypes and shapes of `tensors`, floating-point ones in `dtype` if it is given."""
-    from tools.exporting.checkpoint_tensors import FILE_DTYPES
+    from tools.model_directory.pieces import FILE_DTYPES
 
     changed = dict.fromkeys(FILE_DTYPES.values(), FILE_DTYPES[dtype]) if dtype else {}
     return {
@@ -290,7 +290,7 @@ def _report(out: Path, method: str, models: Sequence[Path], plan: dict[str, Any]
 
 def _in_dtype(name: str, values: torch.Tensor, file_dtype: str) -> np.ndarray[Any, Any]:
     """Values as they are written; DataError when they are not finite. Whole numbers stay what they are."""
-    from tools.exporting.checkpoint_tensors import FILE_DTYPES, in_file_dtype, is_finite
+    from tools.model_directory.pieces import FILE_DTYPES, in_file_dtype, is_finite
 
     dtype = next((key for key, value in FILE_DTYPES.items() if value == file_dtype), None)
     if dtype is None:
@@ -324,7 +324,7 @@ class _Merger:
             self._parameters["density"] = recipe.density
 
     def __call__(self, name: str) -> Iterator[np.ndarray[Any, Any]]:
-        from tools.exporting.checkpoint_tensors import FILE_DTYPES
+        from tools.model_directory.pieces import FILE_DTYPES
 
         if self._file_dtypes[name] not in FILE_DTYPES.values():
             yield self._common(name)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from tools.model_directory.pieces import FILE_DTYPES, PIECE_ELEMENTS, in_file_dtype, is_finite
 from trainer.errors import CheckpointError, DataError, UsageError
 
 if TYPE_CHECKING:
@@ -21,10 +22,6 @@ if TYPE_CHECKING:
 
     from trainer.checkpoint.slices import Floats
     from trainer.checkpoint.verify import Manifest
-
-FILE_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-PIECE_ELEMENTS = 1 << 20
-"""Elements in memory at once: 4 MiB in fp32, so that casting, hashing and writing find them in the cache."""
 
 
 class Weights(Protocol):
@@ -91,30 +88,6 @@ class CheckpointTensors:
                 "export an earlier checkpoint",
             )
         return in_file_dtype(name, values, self.dtype)
-
-
-def is_finite(values: torch.Tensor) -> bool:
-    """Whether no element is NaN or infinite. One pass without a mask: the extremes carry both on."""
-    import torch
-
-    if values.numel() == 0 or not values.is_floating_point():
-        return True
-    smallest, largest = torch.aminmax(values)
-    return bool(torch.isfinite(smallest)) and bool(torch.isfinite(largest))
-
-
-def in_file_dtype(name: str, values: torch.Tensor, dtype: str) -> np.ndarray[Any, Any]:
-    """Finite `values` of tensor `name` as they are written; bfloat16 as 16-bit patterns.
-
-    Raises DataError when one of them is beyond the range of `dtype`.
-    """
-    import torch
-
-    cast = values.to(getattr(torch, dtype))
-    if cast.dtype != values.dtype and not is_finite(cast):
-        raise DataError(f"{name} holds values beyond the range of {dtype}", "choose --dtype bfloat16 or float32")
-    result: np.ndarray[Any, Any] = (cast.view(torch.int16) if dtype == "bfloat16" else cast).numpy()
-    return result
 
 
 def trained_dtype(reader: Weights) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tools.exporting.checkpoint_tensors import PIECE_ELEMENTS, is_finite
+from tools.model_directory.pieces import PIECE_ELEMENTS, is_finite
 from trainer.errors import DataError
 from trainer.tensor_file import TensorFile
 
