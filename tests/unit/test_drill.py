@@ -13,7 +13,7 @@ import tools.drills.attempt as attempts
 import tools.drills.run as drill_run
 from steadfast import main
 from tools.drills.attempt import attempt, can_mount, empty, fill, signal_launcher, small_disk
-from tools.drills.plan import KINDS, PHASES, SAVE_EVERY, plan_drill, steps_of
+from tools.drills.plan import KINDS, PHASES, SAVE_EVERY, STRETCH, plan_drill, steps_of
 from trainer.errors import UsageError
 from trainer.observe.faults import fail_at
 from trainer.run_directory import RunDirectory
@@ -44,7 +44,19 @@ def test_a_plan_can_be_carried_out(seed, small):
         for strike in each.strikes:
             if strike.phase == "evaluate" or strike.phase.startswith("save"):
                 assert strike.step % SAVE_EVERY == 0
+            if each.background and strike.kind == "flip" and strike.step:
+                assert strike.step % STRETCH != 2, "the save before may not be committed yet"
     assert {fault.rank for fault in faults} == {0, 1}
+
+
+def test_what_may_be_lost_follows_from_the_saves_that_are():
+    kill, flip, full = (
+        next(strike for strike in strikes(KINDS, 60, 1, 2, small_disk=True) if strike.kind == kind)
+        for kind in ("kill", "flip", "enospc")
+    )
+    # The third save in a row that fails ends the run.
+    assert [strike.most_lost(background=False) for strike in (kill, flip, full)] == [2, 4, 6]
+    assert [strike.most_lost(background=True) for strike in (kill, flip, full)] == [4, 6, 8]
 
 
 def test_every_kind_victim_and_phase_comes():

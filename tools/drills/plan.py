@@ -16,10 +16,11 @@ to nobody: an attempt that is asked to stop in the last step of its stretch may 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from trainer.checkpoint.saving import MAX_FAILURES
 from trainer.errors import UsageError
 from trainer.observe.faults import Fault, fail_at
 
@@ -77,9 +78,11 @@ class Strike:
     def most_lost(self, background: bool) -> int:
         """Steps that may have to be done again.
 
-        Those of the save that was to come; in the background, those of the one that training did not wait for, too.
+        Those of the saves that are lost, and of the save that was to come; in the background, those of the one that
+        training did not wait for, too.
         """
-        return SAVE_EVERY * (1 + background + (self.kind in ("flip", "enospc")))
+        lost = {"flip": 1, "enospc": MAX_FAILURES - 1}.get(self.kind, 0)
+        return SAVE_EVERY * (lost + 1 + background)
 
 
 @dataclass(frozen=True)
@@ -138,23 +141,17 @@ def _rounds(order: Sequence[Kind]) -> list[list[Kind]]:
 def _round(kinds: Sequence[Kind], chance: random.Random, ranks: int, *, small_disk: bool, background: bool) -> Round:
     # An injected error needs the write to happen in the rank itself.
     background = background and (small_disk or "enospc" not in kinds)
-    phases = BACKGROUND_PHASES if background else PHASES
     strikes = (
-        _strike(kind, number, chance, ranks, phases, small_disk=small_disk)
+        _strike(kind, number, chance, ranks, small_disk=small_disk, background=background)
         for number, kind in enumerate(kinds, start=1)
     )
     return Round(tuple(strikes), background)
 
 
 def _strike(
-    kind: Kind,
-    number: int,
-    chance: random.Random,
-    ranks: int,
-    phases: Mapping[Place, Sequence[str]],
-    *,
-    small_disk: bool,
+    kind: Kind, number: int, chance: random.Random, ranks: int, *, small_disk: bool, background: bool
 ) -> Strike:
+    phases = BACKGROUND_PHASES if background else PHASES
     steps = range(STRETCH * number + 2, STRETCH * (number + 1) + 1)
     rank = chance.randrange(ranks)
     # A fault fires once in the life of a run: two of a round must not be equal, so their number is in their seconds.
@@ -168,6 +165,9 @@ def _strike(
             return Strike(kind, "all ranks", "save", step, True, (fail_at(0, "save", step, "sleep", pause),))
         fault = fail_at(rank, "save:write", step, "enospc", number)
         return Strike(kind, f"rank {rank}", "save:write", step, False, (fault,))
+    if kind == "flip" and background:
+        # There must be a checkpoint before the damaged one: a save is sure to be committed when the next has begun.
+        steps = steps[1:]
     # A checkpoint to damage must have been written by this very round.
     places = [place for place in phases if not (kind == "flip" and place == "load" and number == 1)]
     place = chance.choice(places)
