@@ -176,7 +176,7 @@ class Saves:
         if save is None or votes % FAILED < ranks:
             return reports
         # When all went well, a commit has nothing to tell but that.
-        outcomes = [] if save.committing and votes < FAILED else self.exchange(self._checked(save))
+        outcomes = [] if save.committing and votes < FAILED else self.exchange(save.outcome or {})
         problem = common_error(outcomes)
         attempt = attempt_directory(self.checkpoints, save.step)
         if problem is None and not save.committing:
@@ -252,15 +252,6 @@ class Saves:
             except RunLockedError as error:
                 return error
         return RunLockedError(f"{self.checkpoints.parent} was taken over by another run", "that run goes on")
-
-    def _checked(self, save: _InFlight) -> dict[str, Any]:
-        """This rank's outcome; before rank 0 lets a commit begin, it looks whether the directory is still its own."""
-        if self.lock is not None and not save.committing:
-            try:
-                self.lock.check()
-            except (RunLockedError, OSError) as error:
-                return failure(error)
-        return save.outcome or {}
 
     def _open(self, step: int, size: int) -> SteadfastError | None:
         """Make room and the directory; why there is neither, equal on all ranks, or None."""

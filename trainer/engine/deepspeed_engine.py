@@ -92,6 +92,8 @@ class DeepSpeedEngine:
         self._saves_frozen = saves_frozen
         self._watched_ids: np.ndarray[Any, np.dtype[np.int64]] | None = None
         self._watch = 0
+        # Asked at every save, for which training waits.
+        self._has_dropout = has_dropout(self.language_model)
 
     @property
     def language_model(self) -> Any:
@@ -145,7 +147,7 @@ class DeepSpeedEngine:
     def watch_training(self, positions: int) -> bool:
         """See SavableEngine.watch_training."""
         self._watched_ids = None
-        self._watch = 0 if has_dropout(self.language_model) else positions
+        self._watch = 0 if self._has_dropout else positions
         return self._watch > 0
 
     def watched(self) -> tuple[Any, Tensor] | None:
