@@ -68,6 +68,20 @@ def test_one_row_apart_is_not_enough(tmp_path):
         check_model(engine, VOCABULARY, micro_batch_size=2, packing=True, dtype="float32")
 
 
+def test_a_model_that_writes_into_its_position_ids_is_refused(tmp_path):
+    engine = PlainEngine(initial(tmp_path / "m"))
+    logits = engine.logits
+
+    def shifting(batch, keep):
+        found = logits(batch, keep)
+        torch.from_numpy(batch.position_ids).add_(1)
+        return found
+
+    engine.logits = shifting
+    with pytest.raises(DataError, match="changes its position_ids in place"):
+        check_model(engine, VOCABULARY, micro_batch_size=2, packing=False, dtype="float32")
+
+
 def test_a_head_that_is_more_than_one_matrix_is_refused(tmp_path):
     """Gemma 2 bends its logits before the softmax: the loss of the plain head would be another one."""
     path = initial(tmp_path / "m", model_type="gemma2", num_key_value_heads=2, head_dim=8, final_logit_softcapping=0.5)

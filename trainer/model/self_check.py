@@ -23,14 +23,21 @@ LENGTH = 16
 def check_model(engine: Engine, vocabulary_size: int, *, micro_batch_size: int, packing: bool, dtype: str) -> None:
     """Refuse to train when packed samples leak into each other or the summed loss is not the model's own.
 
-    All ranks call it together; every rank sees the same numbers. Costs three forwards of 16 tokens a row. Raises
-    DataError.
+    So are models that write into what they are given: micro-batches share their position ids. All ranks call it
+    together; every rank sees the same numbers. Costs three forwards of 16 tokens a row. Raises DataError.
     """
     generator = np.random.default_rng(0)
     ids = generator.integers(0, vocabulary_size, (micro_batch_size, LENGTH))
     cuts = [4 + row % 8 for row in range(micro_batch_size)]
     batch = _rows(ids, cuts)
     logits = engine.logits(batch, 0)
+    untouched = _rows(ids, cuts)
+    for given, before, name in (
+        (batch.input_ids, untouched.input_ids, "input_ids"),
+        (batch.position_ids, untouched.position_ids, "position_ids"),
+    ):
+        if not np.array_equal(given, before):
+            raise DataError(f"the model changes its {name} in place", "it is not supported; let it work on a copy")
     if packing:
         other = ids.copy()
         for row, cut in enumerate(cuts):
