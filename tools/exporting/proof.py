@@ -34,7 +34,7 @@ PROBE_NAME = "probe.safetensors"
 FLOAT32_TOLERANCE = 1e-4
 ROUNDED_SHARE = 0.05
 REMEDY = "nothing was exported; try again or an earlier checkpoint, and report this"
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 _START_COMMAND = (
     sys.executable,
     "-c",
