@@ -26,6 +26,7 @@ from launch.faults import name_of_fault
 from launch.local import launch_local
 from launch.rendezvous import MEETING_SECONDS, meet
 from launch.signals import StopRequests, die_with_launcher
+from trainer.checkout import ROOT
 from trainer.cli import report
 from trainer.config.arguments import TRUST_REMOTE_CODE, add_config_arguments, add_trust_argument
 from trainer.config.deepspeed import check_deepspeed, check_swap_place
@@ -39,8 +40,6 @@ from trainer.model.remote_code import checked_code
 from trainer.redact import redact
 from trainer.run_directory import RunDirectory
 from trainer.world import World
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

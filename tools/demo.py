@@ -25,10 +25,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from trainer.checkout import ROOT
 from trainer.durable import write_file
 from trainer.errors import CannotWriteError, SteadfastError
 
-ROOT = Path(__file__).resolve().parents[1]
 MARKER = "made-by-steadfast-demo"
 ENOUGH = 0.95
 STOPPED_ON_REQUEST = 75

@@ -11,15 +11,13 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 from queue import Empty, Queue
 from typing import IO, Any
 
 from launch.contract import rank_environment
 from launch.preflight.reports import Probe
+from trainer.checkout import ROOT
 from trainer.world import World
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_probe(world: World, port: int, seconds: float, *, libraries: bool = False) -> Probe:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from pathlib import Path
 
 from launch.contract import VARIABLES, resolve, world_of_step
 from launch.local import ADDRESS, plan_local
@@ -23,13 +22,13 @@ from launch.preflight.watch import watch
 from launch.processes import HostRanks, free_port
 from launch.signals import die_with_launcher
 from launch.train_command import checked_config, require_gpus
+from trainer.checkout import ROOT
 from trainer.config.arguments import add_config_arguments
 from trainer.config.device import guess_device
 from trainer.config.load import load_config
 from trainer.errors import UsageError
 from trainer.world import World
 
-ROOT = Path(__file__).resolve().parents[2]
 _SHORTEST, _LONGEST = 10, 600
 
 

@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from trainer.checkout import ROOT
 from trainer.checkpoint.verify import committed_steps, read_manifest, step_directory
 from trainer.config.deepspeed import load_deepspeed_json
 from trainer.config.load import config_as_yaml
@@ -21,7 +22,6 @@ from trainer.observe.ledger import read_lines
 from trainer.run_directory import RunDirectory
 from trainer.tensor_file import MAX_HEADER_BYTES
 
-ROOT = Path(__file__).resolve().parents[2]
 # A checkpoint holds fp32 masters and two moments of every parameter.
 _BYTES_PER_PARAMETER = 12
 _SQUEUE_SECONDS = 5.0

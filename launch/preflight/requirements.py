@@ -8,8 +8,7 @@ from pathlib import Path
 
 from launch.preflight.facts import PACKAGES
 from launch.preflight.reports import Requirements
-
-ROOT = Path(__file__).resolve().parents[2]
+from trainer.checkout import ROOT
 
 
 def read_requirements(root: Path = ROOT) -> Requirements:

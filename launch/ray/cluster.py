@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from launch.train_command import ROOT
+from trainer.checkout import ROOT
 from trainer.errors import PeerLostError, UsageError
 
 NAMESPACE = "steadfast"

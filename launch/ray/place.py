@@ -16,7 +16,7 @@ from typing import Any
 
 from launch.ray.api import call, connect
 from launch.ray.cluster import Cluster
-from launch.train_command import ROOT
+from trainer.checkout import ROOT
 from trainer.errors import MissingInputError, PeerLostError
 
 _STOP_SECONDS = 300.0

@@ -13,7 +13,7 @@ from typing import Any
 
 from launch.ray.api import call, connect
 from launch.ray.hosts import forwarded
-from launch.train_command import ROOT
+from trainer.checkout import ROOT
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,8 @@ from launch.attempts import (
 from launch.decide import Done, GiveUp, decide
 from launch.slurm.srun import SrunRanks
 from launch.supervise import TIME_LIMIT, Ending, supervise
-from launch.train_command import ROOT, checked_config
+from launch.train_command import checked_config
+from trainer.checkout import ROOT
 from trainer.errors import PeerLostError, UsageError
 from trainer.observe.clock import process_began
 from trainer.run_directory import RunDirectory

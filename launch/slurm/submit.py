@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.slurm.job import Allocation, srun_command
-from launch.train_command import ROOT
+from trainer.checkout import ROOT
 from trainer.errors import MissingInputError, PeerLostError, UsageError
 
 SCRIPT = ROOT / "slurm" / "sft.sh"

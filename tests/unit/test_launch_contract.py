@@ -20,6 +20,7 @@ from launch.rendezvous import resolve_address
 from launch.supervise import MEANINGS, Ending, Screen, blame, describe, exit_code
 from launch.train_command import rank_command, require_gpus
 from trainer import errors
+from trainer.checkout import ROOT
 from trainer.cli import parse, run_command
 from trainer.config import device as config_device
 from trainer.config.device import guess_device, visible_gpus
@@ -378,7 +379,7 @@ def test_a_dry_run_prints_the_plan(capsys: pytest.CaptureFixture[str], monkeypat
     tiny = str(Path(__file__).resolve().parents[2] / "configs" / "tiny.yaml")
     assert command.run(launch("local", tiny, "--ranks-per-node", "2", "run.seed=1", "--dry-run", "--json")) == 0
     plan = json.loads(capsys.readouterr().out)
-    assert plan["command"][1:] == [str(train_command.ROOT / "steadfast.py"), "train", tiny, "run.seed=1"]
+    assert plan["command"][1:] == [str(ROOT / "steadfast.py"), "train", tiny, "run.seed=1"]
     assert [rank["RANK"] for rank in plan["ranks"]] == ["0", "1"]
     assert plan["gradient_accumulation_steps"] == 2
     monkeypatch.setenv("NCCL_DEBUG", "WARN-value")

@@ -24,7 +24,7 @@ from launch.ray.hosts import forwarded, host_environment, reason
 from launch.ray.run import _asked_by, _require_shared, submission_id
 from launch.ray.submit import RayPlan, job_name, plan_ray
 from launch.supervise import Ending
-from launch.train_command import ROOT
+from trainer.checkout import ROOT
 from trainer.cli import parse
 from trainer.errors import PeerLostError, UsageError
 from trainer.run_directory import RunDirectory

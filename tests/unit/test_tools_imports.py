@@ -9,6 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 FORMATS = {
     "trainer.errors",
+    "trainer.checkout",  # where a process of ours finds the code
     "trainer.durable",
     "trainer.locks",
     "trainer.remote",

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tools.benchmarks.measure import ENVIRONMENT, ROOT, TIMEOUT_SECONDS, Facts, Line, Say
+from tools.benchmarks.measure import ENVIRONMENT, TIMEOUT_SECONDS, Facts, Line, Say
 from tools.benchmarks.tokenise import prepare_inputs
+from trainer.checkout import ROOT
 
 SECTION = "checkpoint"
 GOAL = 10.0

@@ -25,7 +25,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from trainer.checkout import ROOT
+
 INSTALL = "pip install --no-deps -r tools/bench-requirements.txt"
 # One core each: the figures are per core, and the machine may be shared.
 ENVIRONMENT = {

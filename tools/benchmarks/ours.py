@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tools.benchmarks.corpus import TokenDocuments
-from tools.benchmarks.measure import ROOT, Facts, memory_of_children, stopwatch
+from tools.benchmarks.measure import Facts, memory_of_children, stopwatch
+from trainer.checkout import ROOT
 from trainer.errors import DataError
 
 REPEATS = 8

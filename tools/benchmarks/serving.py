@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from tools.benchmarks import load
-from tools.benchmarks.measure import ENVIRONMENT, ROOT, Contender, Facts, Line, Say, run_rounds
+from tools.benchmarks.measure import ENVIRONMENT, Contender, Facts, Line, Say, run_rounds
 from tools.serving.engines import Wanted, choose_engine, this_machine
 from tools.serving.supervisor import Supervisor
+from trainer.checkout import ROOT
 
 SECTION = "serve"
 UNIT = "tokens/s"

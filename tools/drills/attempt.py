@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from trainer.checkout import ROOT
 from trainer.errors import CannotWriteError
 from trainer.observe.faults import FAULTS, Fault, as_text, not_fired
 from trainer.run_directory import RunDirectory
 
-ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_SECONDS = 600.0
 """After this an attempt hangs: far more than any time limit that the job itself has."""
 ORPHAN_SECONDS = 10.0

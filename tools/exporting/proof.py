@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tools.model_directory.writing import UNFINISHED_NAME, Entry, describe
+from trainer.checkout import command_of
 from trainer.errors import CheckpointError, DataError, NotEqualError, SteadfastError
 from trainer.orphans import die_with_parent
 
@@ -34,12 +35,7 @@ PROBE_NAME = "probe.safetensors"
 FLOAT32_TOLERANCE = 1e-4
 ROUNDED_SHARE = 0.05
 REMEDY = "nothing was exported; try again or an earlier checkpoint, and report this"
-ROOT = Path(__file__).resolve().parents[2]
-_START_COMMAND = (
-    sys.executable,
-    "-c",
-    f"import sys; sys.path.insert(0, {str(ROOT)!r}); from tools.exporting.proof import main; main()",
-)
+_START_COMMAND = command_of("tools.exporting.proof")
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from tools.quantizing.quality import Quality
+from trainer.checkout import ROOT
 from trainer.errors import DataError, SteadfastError
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)

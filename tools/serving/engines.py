@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from tools.serving.heads import head_of
+from trainer.checkout import ROOT
 from trainer.config.arguments import TRUST_REMOTE_CODE
 from trainer.errors import UsageError
 
-ROOT = Path(__file__).resolve().parents[2]
 CHECK_TOKENS = 4
 
 

@@ -20,7 +20,8 @@ from typing import Any
 
 import aiohttp
 
-from tools.serving.engines import ROOT, EngineSpec, environment_of
+from tools.serving.engines import EngineSpec, environment_of
+from trainer.checkout import ROOT
 from trainer.errors import CheckpointError, DataError, MissingInputError, SteadfastError, UsageError
 
 KEPT_LINES = 40

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from trainer.checkout import code_revision
 from trainer.checkpoint.contents import Files, RankContents, TensorSource, from_array
 from trainer.checkpoint.retention import EVALUATION
 from trainer.checkpoint.saving import Saves
@@ -28,7 +29,6 @@ from trainer.engine.device import generator_states
 from trainer.engine.partitions import true_shape
 from trainer.engine.protocol import SavableEngine
 from trainer.model.load import tied_names
-from trainer.revision import code_revision
 from trainer.state import SaveReport, TrainState, finite
 from trainer.tensor_file import DTYPE_NAMES
 from trainer.world import World

@@ -22,20 +22,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from trainer.checkout import command_of
 from trainer.checkpoint.verify import MANIFEST_NAME, read_manifest, verify_files
 from trainer.errors import SteadfastError
 from trainer.orphans import die_with_parent
 from trainer.remote import ATTEMPTS, Destination, open_destination
 from trainer.state import SaveReport
 
-ROOT = Path(__file__).resolve().parents[2]
 LATEST = "latest"
 SETTING = "checkpoint.upload"
-_START_COMMAND = (
-    sys.executable,
-    "-c",
-    f"import sys; sys.path.insert(0, {str(ROOT)!r}); from trainer.checkpoint.upload import main; main()",
-)
+_START_COMMAND = command_of("trainer.checkpoint.upload")
 
 
 def upload_checkpoint(

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from trainer.checkout import command_of
 from trainer.checkpoint.commit import failure, publish, require_room
 from trainer.checkpoint.contents import RankContents, TensorSource, numpy_dtype, write_files
 from trainer.checkpoint.retention import retain
@@ -33,13 +34,8 @@ from trainer.errors import CannotWriteError, SteadfastError
 from trainer.orphans import die_with_parent
 from trainer.run_lock import check_holder
 
-ROOT = Path(__file__).resolve().parents[2]
 ALIGNMENT = 64
-START_COMMAND = (
-    sys.executable,
-    "-c",
-    f"import sys; sys.path.insert(0, {str(ROOT)!r}); from trainer.checkpoint.writer_process import main; main()",
-)
+START_COMMAND = command_of("trainer.checkpoint.writer_process")
 _NICENESS = 10
 
 

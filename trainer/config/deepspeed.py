@@ -16,12 +16,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from trainer.checkout import ROOT
 from trainer.config import deepspeed_keys as known
 from trainer.config.device import Device
 from trainer.config.schema import Config
 from trainer.errors import ConfigError
 
-SHIPPED = Path(__file__).resolve().parents[2] / "configs" / "ds"
+SHIPPED = ROOT / "configs" / "ds"
 MAX_BYTES = 1 << 20
 STAGES = (1, 2, 3)
 

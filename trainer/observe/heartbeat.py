@@ -16,6 +16,7 @@ from collections import deque
 from dataclasses import asdict
 from pathlib import Path
 
+from trainer.checkout import ROOT
 from trainer.durable import write_errors
 from trainer.errors import HangError
 from trainer.observe.watchdog import EXIT_NOW, PAGE, Post, verdict_of
@@ -25,7 +26,6 @@ TIMES_P95 = 10.0
 _STEPS_KEPT = 200
 _STEPS_BETWEEN = 20
 _DISMISS_SECONDS = 10.0
-_ROOT = Path(__file__).resolve().parents[2]
 _START = (
     "import json, sys; sys.path.insert(0, sys.argv[1]); from trainer.observe.watchdog import Post, main; "
     "main(Post(**json.loads(sys.argv[2])), int(sys.argv[3]), int(sys.argv[4]))"
@@ -67,7 +67,7 @@ class Heartbeat:
         self._link, far = socket.socketpair()
         self._process = subprocess.Popen(
             [
-                sys.executable, "-I", "-S", "-c", _START, str(_ROOT), json.dumps(asdict(post)), str(page_fd),
+                sys.executable, "-I", "-S", "-c", _START, str(ROOT), json.dumps(asdict(post)), str(page_fd),
                 str(far.fileno()),
             ],
             pass_fds=(page_fd, far.fileno()), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
